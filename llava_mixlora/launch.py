@@ -1,0 +1,82 @@
+"""`llava-mixlora run`: any upstream LLaVA entry point, unchanged, with the plugin active."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from . import patches
+from .errors import MixLoraError
+
+
+def run(target: str, arguments: list[str], as_module: bool) -> None:
+    """Apply the patches, then run `python -m target` or `python target` in this process.
+
+    Args:
+        target: a module name (with `as_module`) or the path of a script.
+        arguments: the target's `sys.argv[1:]`.
+
+    Raises:
+        MixLoraError: there is no such module or script, or a patch does not fit the installed LLaVA.
+    """
+    patches.apply()
+    path = _module_file(target) if as_module else _script_file(target)
+    sys.argv = [str(path), *arguments]
+    if not as_module:
+        sys.path.insert(0, str(path.parent))
+    patched = _patched_module(path)
+    if patched is not None:
+        run_main_block(patched)
+    elif as_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def run_main_block(module: ModuleType) -> None:
+    """Execute what `module` does under `if __name__ == "__main__":`, in the namespace it was imported into.
+
+    `runpy` would execute a second, unpatched copy of the module.
+    """
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"), module.__file__)
+    tree.body = [statement for block in tree.body if _is_main_guard(block) for statement in block.body]
+    exec(compile(tree, module.__file__, "exec"), module.__dict__)
+
+
+def _is_main_guard(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.If) and ast.unparse(statement.test) in (
+        "__name__ == '__main__'",
+        "'__main__' == __name__",
+    )
+
+
+def _patched_module(path: Path) -> ModuleType | None:
+    for patch in patches.PATCHES:
+        module = sys.modules.get(patch.target.partition(":")[0])
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).resolve() == path.resolve():
+            return module
+    return None
+
+
+def _module_file(name: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise MixLoraError(f"-m {name}: no such module; expected an importable one, such as llava.train.train_mem")
+    return Path(spec.origin)
+
+
+def _script_file(name: str) -> Path:
+    path = Path(name)
+    if not path.is_file():
+        raise MixLoraError(f"{name}: no such script; expected a Python file, or -m and a module name")
+    return path

@@ -1,0 +1,213 @@
+"""A linear layer with MixLoRA adapters around it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .config import MixLoraConfig
+from .errors import MixLoraError
+from .mixture import Route, at_least_float32, core, low_rank_update, pooled_input, route_at_random, route_by_input
+from .routing_scope import RoutingScope, current_scope
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """What one adapter does in one layer: the fields of [`MixLoraConfig`] after `rank_pattern` and `alpha_pattern`."""
+
+    r: int
+    num_factors: int
+    scaling: float
+    routing: str
+    straight_through: bool
+    router_scope: str
+    count_padding: bool
+    decode_routing: str
+    cfs_product: str
+    seed: int  # of the fixed routes that routing="random" takes in evaluation
+
+    @classmethod
+    def from_config(cls, config: MixLoraConfig, r: int, lora_alpha: float, seed: int) -> LayerSettings:
+        """Settings of a layer whose rank is `r` and whose update is scaled by `lora_alpha / r`."""
+        return cls(
+            r=r,
+            num_factors=config.num_factors,
+            scaling=lora_alpha / r,
+            routing=config.routing,
+            straight_through=config.router_gradient == "straight_through",
+            router_scope=config.router_scope,
+            count_padding=config.count_padding,
+            decode_routing=config.decode_routing,
+            cfs_product=config.cfs_product,
+            seed=seed,
+        )
+
+
+class MixLoraLayer(nn.Module, BaseTunerLayer):
+    """Any linear layer plus, for each active adapter, the conditional update Δy = ((x Aᵀ) C) B.
+
+    The base layer is only ever called, so how it stores its weight (float, 4-bit, 8-bit, ...) does not matter.
+    Parameters by adapter name: `mixlora_A` [E, d_in], `mixlora_B` [E, d_out], `mixlora_router_A` and
+    `mixlora_router_B` [E, d_in] (not with `routing="random"`), `mixlora_cfs` [r, E, d_in] (only with `"ifs_cfs"`).
+
+    Inputs are [B, S, d_in]; further middle dimensions count as positions. An input [rows, d_in] is taken as rows
+    instances of one position each, and [d_in] as one instance.
+
+    Raises:
+        TypeError: the module to wrap does not tell its `in_features` and `out_features`.
+    """
+
+    adapter_layer_names = ("mixlora_A", "mixlora_B", "mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
+    other_param_names = ("r", "num_factors", "scaling", "settings", "mixlora_dropout", "last_routes")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig, settings: LayerSettings):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = _features(self.get_base_layer())
+        self.mixlora_A = nn.ParameterDict()
+        self.mixlora_B = nn.ParameterDict()
+        self.mixlora_router_A = nn.ParameterDict()
+        self.mixlora_router_B = nn.ParameterDict()
+        self.mixlora_cfs = nn.ParameterDict()
+        self.mixlora_dropout = nn.ModuleDict()
+        self.settings: dict[str, LayerSettings] = {}
+        self.r: dict[str, int] = {}
+        self.num_factors: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.last_routes: dict[str, Route] = {}
+        self.frozen_peft_weight_names = {}
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, settings)
+
+    def update_layer(self, adapter_name: str, config: MixLoraConfig, settings: LayerSettings) -> None:
+        """Add an adapter, or replace the one of this name."""
+        E, d_in, d_out = settings.num_factors, self.in_features, self.out_features
+        self.settings[adapter_name] = settings
+        self.r[adapter_name], self.num_factors[adapter_name] = settings.r, E
+        self.scaling[adapter_name] = settings.scaling
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.mixlora_dropout[adapter_name] = dropout
+        self.mixlora_A[adapter_name] = _uniform(E, d_in)
+        self.mixlora_B[adapter_name] = (
+            nn.Parameter(torch.zeros(E, d_out)) if config.init_weights else _uniform(E, d_out)
+        )
+        if settings.routing != "random":
+            self.mixlora_router_A[adapter_name] = _uniform(E, d_in)
+            self.mixlora_router_B[adapter_name] = _uniform(E, d_in)
+        if settings.routing == "ifs_cfs":
+            self.mixlora_cfs[adapter_name] = _uniform(settings.r, E, d_in)
+        if not settings.straight_through:
+            # No gradient ever reaches them: frozen, they neither decay nor stall distributed data parallelism.
+            self.frozen_peft_weight_names[adapter_name] = ("mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update of every active adapter, in the base output's dtype."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        for adapter in self.active_adapters:
+            if adapter in self.mixlora_A:
+                result = result + self._update(x, adapter).to(result.dtype)
+        return result
+
+    def _update(self, x: Tensor, adapter: str) -> Tensor:
+        factors_A = self.mixlora_A[adapter]
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(factors_A.dtype)
+        sequence = _as_instances(x)
+        core = self._core(sequence, adapter)
+        update = low_rank_update(self.mixlora_dropout[adapter](sequence), factors_A, self.mixlora_B[adapter], core)
+        return update.view(*x.shape[:-1], self.out_features)
+
+    def _core(self, x: Tensor, adapter: str) -> Tensor:
+        settings, scope = self.settings[adapter], current_scope()
+        if scope is not None and not scope.covers(x):
+            scope = None
+        holds = scope is not None and settings.decode_routing == "prefill"
+        if holds and (held := scope.held_core(self, adapter, len(x))) is not None:
+            return held
+        with torch.autocast(x.device.type, enabled=False):
+            route = self._route(x, adapter, scope)
+            self.last_routes[adapter] = route.detach()
+            dtype = torch.promote_types(self.mixlora_A[adapter].dtype, x.dtype)
+            result = core(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)
+        if holds:
+            scope.hold(self, adapter, result)
+        return result
+
+    def _route(self, x: Tensor, adapter: str, scope: RoutingScope | None) -> Route:
+        settings = self.settings[adapter]
+        if settings.routing == "random":
+            if self.training:
+                return route_at_random(len(x), settings.num_factors, settings.r, x.device)
+            fixed = torch.Generator().manual_seed(settings.seed)
+            route = route_at_random(1, settings.num_factors, settings.r, x.device, fixed)
+            return Route(route.index_A.expand(len(x), -1), route.index_B.expand(len(x), -1), None, None)
+        weights = None if scope is None else scope.weights(settings.router_scope, settings.count_padding)
+        factors_A = self.mixlora_A[adapter]
+        if not settings.straight_through:
+            x, factors_A = x.detach(), factors_A.detach()
+        return route_by_input(
+            pooled_input(x, weights),
+            self.mixlora_router_A[adapter],
+            self.mixlora_router_B[adapter],
+            settings.r,
+            factors_A,
+            self.mixlora_cfs[adapter] if settings.routing == "ifs_cfs" else None,
+            settings.cfs_product,
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible: the update depends on the input, so no weight equals it.
+
+        Raises:
+            ValueError: always, with what to do instead.
+        """
+        raise MixLoraError(
+            f"adapter {adapter_names or self.active_adapters!r} cannot be merged: a MixLoRA update differs from input "
+            "to input, so no static weight equals it; keep the adapter beside its base model (unload() removes it)"
+        )
+
+    def __repr__(self) -> str:
+        return "mixlora." + super().__repr__()
+
+
+def _features(base_layer: nn.Module) -> tuple[int, int]:
+    if hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features"):
+        return base_layer.in_features, base_layer.out_features
+    weight = getattr(base_layer, "weight", None)
+    if type(base_layer).__name__ == "Conv1D" and weight is not None:  # transformers' transposed linear, as in GPT-2
+        d_in, d_out = getattr(weight, "ds_shape", weight.shape)
+        return d_in, d_out
+    raise TypeError(
+        f"cannot adapt {type(base_layer).__name__}: expected a linear layer with in_features and out_features; "
+        "narrow target_modules or add it to exclude_modules"
+    )
+
+
+def _uniform(*shape: int) -> nn.Parameter:
+    """Uniform in ±1/√fan_in over the last dimension, as LoRA's A; does not rely on torch's default init,
+
+    which `llava.utils.disable_torch_init` turns off.
+    """
+    bound = 1 / math.sqrt(shape[-1])
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
+def _as_instances(x: Tensor) -> Tensor:
+    if x.ndim == 3:
+        return x
+    if x.ndim == 1:
+        return x.view(1, 1, -1)
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)

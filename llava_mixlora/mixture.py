@@ -1,0 +1,135 @@
+"""The mathematics of MixLoRA as pure functions on tensors, in the paper's letters.
+
+Shapes: B instances, S positions, E factors per pool, r chosen factors, d_in and d_out the layer's widths.
+
+    h̄     = mean of x over the routed positions                         [B, d_in]
+    p_A    = softmax(R_A h̄),  idx_A = top-r(p_A)                         IFS for A (paper, section 3.2)
+    p_B    = softmax(R_B h̄)                                              IFS for B
+    p_AB   = softmax(Σ_i softmax(W_AB[i] · a_idx_A[i]))                   CFS (paper, section 3.2)
+    idx_B  = top-r(p_B)  or  top-r(p_B + p_AB)
+    Δy     = (α / r) Σ_j b_idx_B[j] (a_idx_A[j] · x)  =  ((x Aᵀ) C) B
+
+C is the *core*: an E×E matrix per instance that is α/r at (idx_A[j], idx_B[j]) and zero elsewhere. So the update is a
+rank-E LoRA with a tiny per-instance matrix in the middle; no weight is gathered per token and ΔW is never built.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Route(NamedTuple):
+    """What the routers chose for each instance; the j-th A factor pairs with the j-th B factor.
+
+    `index_A`, `index_B`: int64 [B, r], in descending order of score. `score_A`, `score_B`: float32 [B, E], the scores
+    that were ranked (p_A; p_B or p_B + p_AB), or None where nothing was scored (`routing="random"`).
+    """
+
+    index_A: Tensor
+    index_B: Tensor
+    score_A: Tensor | None
+    score_B: Tensor | None
+
+    def detach(self) -> Route:
+        """The same route without autograd history."""
+        return Route(*(None if tensor is None else tensor.detach() for tensor in self))
+
+
+def pooled_input(x: Tensor, weights: Tensor | None) -> Tensor:
+    """h̄: the average of `x` [B, S, d_in] over positions, in float32 at least, [B, d_in].
+
+    `weights`: [B, S] non-negative rows that sum to one, or None for the plain mean.
+    """
+    if weights is None:
+        return x.mean(dim=1, dtype=at_least_float32(x.dtype))
+    x = x.to(at_least_float32(x.dtype))
+    return torch.bmm(weights.to(x.dtype).unsqueeze(1), x).squeeze(1)
+
+
+def input_scores(pooled: Tensor, router: Tensor) -> Tensor:
+    """IFS: softmax(R h̄) over the factors of one pool. `pooled` [B, d_in], `router` [E, d_in] → [B, E]."""
+    return F.linear(pooled, router.to(pooled.dtype)).softmax(dim=-1)
+
+
+def conditional_scores(factors_A: Tensor, cfs: Tensor, index_A: Tensor, product: str = "inner") -> Tensor:
+    """CFS: p_AB, how well each B factor fits the A factors already chosen, in float32 at least, [B, E].
+
+    `factors_A` [E, d_in], `cfs` (W_AB) [r, E, d_in], `index_A` [B, r]. `product` says how W_AB[i] meets a: `"inner"` is
+    the paper's inner product; `"sums"` multiplies their sums over d_in, which is what the einsum of the authors'
+    released code computes (`brd,rfe->bre`, two letters where one was meant).
+    """
+    dtype = at_least_float32(factors_A.dtype)
+    factors_A, cfs = factors_A.to(dtype), cfs.to(dtype)
+    if product == "sums":
+        logits = factors_A.sum(dim=-1)[index_A.t()].unsqueeze(2) * cfs.sum(dim=-1).unsqueeze(1)  # [r, B, E]
+    else:
+        logits = torch.bmm(factors_A[index_A.t()], cfs.transpose(1, 2))  # [r, B, E]
+    return logits.softmax(dim=-1).sum(dim=0).softmax(dim=-1)
+
+
+def route_by_input(
+    pooled: Tensor,
+    router_A: Tensor,
+    router_B: Tensor,
+    r: int,
+    factors_A: Tensor,
+    cfs: Tensor | None,
+    cfs_product: str = "inner",
+) -> Route:
+    """Choose `r` factors of each pool: IFS when `cfs` is None, else IFS for A and IFS+CFS for B.
+
+    `pooled` [B, d_in]; `router_A`, `router_B` and `factors_A` [E, d_in]; `cfs` [r, E, d_in].
+    `cfs_product` is the `product` of [`conditional_scores`].
+    """
+    score_A = input_scores(pooled, router_A)
+    index_A = score_A.topk(r, dim=-1).indices
+    score_B = input_scores(pooled, router_B)
+    if cfs is not None:
+        score_B = score_B + conditional_scores(factors_A, cfs, index_A, cfs_product)
+    index_B = score_B.topk(r, dim=-1).indices
+    return Route(index_A, index_B, score_A, score_B)
+
+
+def route_at_random(
+    instances: int, num_factors: int, r: int, device: torch.device, generator: torch.Generator | None = None
+) -> Route:
+    """Draw `r` distinct factors of each pool for every instance, uniformly; [instances, r] each."""
+    noise = torch.rand(2, instances, num_factors, generator=generator, device=generator.device if generator else device)
+    index_A, index_B = noise.to(device).topk(r, dim=-1).indices
+    return Route(index_A, index_B, None, None)
+
+
+def core(route: Route, num_factors: int, scaling: float, straight_through: bool, dtype: torch.dtype) -> Tensor:
+    """The per-instance core C, [B, E, E]: `scaling` at (index_A[j], index_B[j]), zero elsewhere.
+
+    With `straight_through` each entry is multiplied by g_A[j]·g_B[j], g = 1 + (p − stop_grad(p)): one in value, while
+    its gradient reaches the routers through the scores p of the chosen factors.
+    """
+    cells = route.index_A * num_factors + route.index_B  # [B, r]
+    if straight_through and route.score_A is not None:
+        gates = _unit_gate(route.score_A, route.index_A) * _unit_gate(route.score_B, route.index_B)
+        values = (scaling * gates).to(dtype)
+    else:
+        values = torch.full_like(cells, scaling, dtype=dtype)
+    empty = torch.zeros(len(cells), num_factors * num_factors, dtype=dtype, device=cells.device)
+    return empty.scatter(1, cells, values).view(-1, num_factors, num_factors)
+
+
+def low_rank_update(x: Tensor, factors_A: Tensor, factors_B: Tensor, core: Tensor) -> Tensor:
+    """Δy = ((x Aᵀ) C) B. `x` [B, S, d_in], `factors_A` [E, d_in], `factors_B` [E, d_out], `core` [B, E, E]."""
+    coefficients = torch.bmm(F.linear(x, factors_A), core)  # [B, S, E]
+    return torch.matmul(coefficients, factors_B)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Routers never run below float32 (softmax and top-r are sensitive), and stay in float64 where x is."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _unit_gate(score: Tensor, index: Tensor) -> Tensor:
+    chosen = score.gather(1, index)
+    return 1 + (chosen - chosen.detach())

@@ -1,0 +1,81 @@
+"""The PEFT tuner that puts MixLoRA layers into a model."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from . import routing_scope
+from .config import MixLoraConfig
+from .layer import LayerSettings, MixLoraLayer
+from .mixture import Route
+
+LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class MixLoraModel(BaseTuner):
+    """A model whose targeted linear layers are [`MixLoraLayer`]s; made by `peft.get_peft_model`.
+
+    Raises:
+        ValueError: no module matches `target_modules`, or the base model's defaults are unknown and it is unset.
+        TypeError: a targeted module is not a linear layer.
+    """
+
+    prefix = "mixlora_"
+    tuner_layer_cls = MixLoraLayer
+    # The paper adapts every linear layer of the language model (section 4.2, "Implementation Details").
+    target_module_mapping = {
+        **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+        **dict.fromkeys(("llama", "llava_llama", "mistral", "llava_mistral"), LLAMA_LINEAR_LAYERS),
+    }
+
+    def routes(self, adapter_name: str = "default") -> dict[str, Route]:
+        """The route that each adapted layer took in its last forward pass, by layer name (see [`Route`])."""
+        return {
+            name: module.last_routes[adapter_name]
+            for name, module in self.model.named_modules()
+            if isinstance(module, MixLoraLayer) and adapter_name in module.last_routes
+        }
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, as one generation: with `"prefill"` the prompt's routes hold throughout."""
+        with routing_scope.generation():
+            return self.model.generate(*args, **kwargs)
+
+    def _post_injection_hook(self, model: nn.Module, config: MixLoraConfig, adapter_name: str) -> None:
+        routing_scope.attach(model)
+
+    def _create_and_replace(
+        self,
+        config: MixLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        settings = LayerSettings.from_config(
+            config,
+            r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, current_key), config.r),
+            lora_alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, current_key), config.lora_alpha),
+            seed=zlib.crc32(current_key.encode()),
+        )
+        if isinstance(target, MixLoraLayer):
+            target.update_layer(adapter_name, config, settings)
+            return
+        layer = MixLoraLayer(target, adapter_name, config, settings)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            routing_scope.detach(model)
+        return model

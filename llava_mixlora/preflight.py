@@ -1,0 +1,115 @@
+"""Checks of a training run's inputs, before a model is loaded and minutes are spent."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers.hf_argparser import string_to_bool
+
+from .errors import MixLoraError
+
+
+def check_training_inputs(argv: Sequence[str]) -> None:
+    """Check the files named by the flags of `llava.train.train` when `--mixlora_enable` is among them.
+
+    Raises:
+        MixLoraError: a file or folder is missing, the data is not LLaVA's JSON, or the output cannot be written.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--mixlora_enable", nargs="?", const=True, default=False, type=string_to_bool)
+    for flag in ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "output_dir"):
+        parser.add_argument(f"--{flag}")
+    parser.add_argument("--image_folder", default="")
+    flags, _ = parser.parse_known_args(argv)
+    if not flags.mixlora_enable:
+        return
+    for flag in ("model_name_or_path", "vision_tower"):
+        check_model_path(f"--{flag}", getattr(flags, flag))
+    if flags.pretrain_mm_mlp_adapter and not Path(flags.pretrain_mm_mlp_adapter).is_file():
+        raise MixLoraError(
+            f"--pretrain_mm_mlp_adapter {flags.pretrain_mm_mlp_adapter}: no such file; expected the projector's .bin "
+            "(for LLaVA 1.5: liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5)"
+        )
+    if not flags.data_path:
+        raise MixLoraError("--data_path is missing; expected a JSON file of conversations (LLaVA's docs: 'Data')")
+    check_images(read_conversations(flags.data_path), flags.data_path, flags.image_folder)
+    if flags.output_dir:
+        check_writable(flags.output_dir)
+
+
+def check_model_path(flag: str, value: str | None) -> None:
+    """Refuse a local path that does not exist; a hub name such as `lmsys/vicuna-7b-v1.5` passes."""
+    if value and (value.startswith((".", "/", "~")) or value.count("/") > 1) and not Path(value).expanduser().exists():
+        raise MixLoraError(f"{flag} {value}: no such folder; expected a local model or a hub name like owner/name")
+
+
+def read_conversations(path: str | Path) -> list[dict[str, Any]]:
+    """Read LLaVA's training data: a JSON list of `{"id", "image"?, "conversations": [{"from", "value"}, ...]}`.
+
+    Raises:
+        MixLoraError: the file is missing, not JSON, or an entry has another form.
+    """
+    try:
+        samples = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MixLoraError(f"{path}: no such file; expected a JSON list of conversations") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MixLoraError(f"{path}: not valid JSON ({error}); is the download complete?") from error
+    except OSError as error:
+        raise MixLoraError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from error
+    if not isinstance(samples, list) or not samples:
+        raise MixLoraError(f"{path}: expected a JSON list with at least one conversation, got {_kind(samples)}")
+    for position, sample in enumerate(samples):
+        turns = sample.get("conversations") if isinstance(sample, dict) else None
+        well_formed = isinstance(turns, list) and all(
+            isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+            for turn in turns
+        )
+        if not well_formed or len(turns) < 2:
+            raise MixLoraError(
+                f"{path}: entry {position} has no usable 'conversations'; expected a list of at least two "
+                '{"from": "human" or "gpt", "value": text}'
+            )
+    return samples
+
+
+def check_images(samples: list[dict[str, Any]], data_path: str | Path, image_folder: str | Path) -> None:
+    """Refuse data that names an image which is not in `image_folder`.
+
+    Raises:
+        MixLoraError: the first missing image, and how many are missing.
+    """
+    names = {sample["image"]: position for position, sample in reversed(list(enumerate(samples))) if "image" in sample}
+    progress = tqdm(names.items(), desc="Looking for the images", unit="file", disable=len(names) < 50_000)
+    missing = [(position, name) for name, position in progress if not os.path.exists(os.path.join(image_folder, name))]
+    if missing:
+        position, name = min(missing)
+        raise MixLoraError(
+            f"{os.path.join(image_folder, name)}: no such image, but entry {position} of {data_path} names it "
+            f"({len(missing)} of {len(names)} images are missing); check --image_folder"
+        )
+
+
+def check_writable(folder: str | Path) -> None:
+    """Create `folder` if need be, and refuse one that cannot be written.
+
+    Raises:
+        MixLoraError: with the operating system's reason.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise MixLoraError(f"{folder}: cannot be written ({error.strerror}); choose another --output_dir") from error
+
+
+def _kind(value: Any) -> str:
+    return "an empty list" if value == [] else type(value).__name__

@@ -1,0 +1,246 @@
+"""Which positions the routers of one forward pass average, and which routes a generation keeps.
+
+An adapted layer sees only its own input x [B, S, d]. Which of the S positions are padding, prompt or answer is known
+where the model is called, so that knowledge travels beside x as the thread's current [`RoutingScope`]:
+
+- a forward pre-hook on the adapted model opens the scope from `attention_mask` and `labels`, a post-hook closes it;
+- code that changes the sequence on the way in (LLaVA puts image features into it) calls [`refine`];
+- gradient checkpointing runs layers again during backward, possibly in another thread and after other forwards:
+  [`follow_checkpoints`] makes it run them under the scope of the forward that they belong to.
+
+Scopes live in a `threading.local` (a `ContextVar` would break the graph of `torch.compile`), so threads that use one
+model at the same time do not see each other's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import MixLoraError
+
+if TYPE_CHECKING:
+    from .layer import MixLoraLayer
+
+IGNORE_INDEX = -100
+"""Label of an unsupervised position (`llava.constants.IGNORE_INDEX`, and PyTorch's cross entropy)."""
+
+HeldCores = dict[tuple["MixLoraLayer", str], Tensor]
+"""Cores [B, E, E] that a generation keeps, by layer and adapter name."""
+
+
+class RoutingScope:
+    """The positions of one forward pass.
+
+    Args:
+        shape: (B, S) of the sequence, or None when the model's input is not a sequence.
+        attended: bool [B, S], False at padding; None when every position is attended.
+        prompt: bool [B, S], True before the first supervised label; None when there are no labels.
+        held: cores by layer; those found here are used, those missing are entered.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int] | None = None,
+        attended: Tensor | None = None,
+        prompt: Tensor | None = None,
+        held: HeldCores | None = None,
+    ) -> None:
+        self.held: HeldCores = {} if held is None else held
+        self.outer: RoutingScope | None = None
+        self.set_positions(shape, attended, prompt)
+
+    def set_positions(self, shape: tuple[int, int] | None, attended: Tensor | None, prompt: Tensor | None) -> None:
+        """Replace what the scope knows of the sequence; the arguments are those of the class."""
+        self.shape, self.attended, self.prompt = shape, attended, prompt
+        self._weights: dict[tuple[str, bool], Tensor | None] = {}
+
+    def covers(self, x: Tensor) -> bool:
+        """Whether x [B, S, d] is this scope's sequence (and not, say, the patches inside a vision tower)."""
+        return self.shape is not None and x.ndim == 3 and x.shape[:2] == self.shape
+
+    def weights(self, router_scope: str, count_padding: bool) -> Tensor | None:
+        """Rows [B, S] in float32 that sum to one over the routed positions; None where all positions count alike."""
+        key = (router_scope, count_padding)
+        if key not in self._weights:
+            positions = None if count_padding else self.attended
+            if router_scope == "prompt" and self.prompt is not None:
+                positions = self.prompt if positions is None else positions & self.prompt
+            self._weights[key] = None if positions is None else self._normalised(positions)
+        return self._weights[key]
+
+    def _normalised(self, positions: Tensor) -> Tensor:
+        # An instance without any routed position (its very first token is supervised) falls back to what is attended,
+        # and a row of nothing but padding to the whole row, rather than to a mean of nothing.
+        if self.attended is not None:
+            positions = torch.where(positions.any(dim=1, keepdim=True), positions, self.attended)
+        positions = positions | ~positions.any(dim=1, keepdim=True)
+        return positions / positions.sum(dim=1, keepdim=True, dtype=torch.float32)
+
+    def held_core(self, layer: MixLoraLayer, adapter: str, instances: int) -> Tensor | None:
+        """The core kept for a layer, [instances, E, E], or None in the first forward of a generation.
+
+        Raises:
+            ValueError: the generation was begun with another number of instances.
+        """
+        core = self.held.get((layer, adapter))
+        if core is None or len(core) == instances:
+            return core
+        if instances % len(core) == 0:  # the cache was repeated to draw several continuations of each prompt
+            return core.repeat_interleave(instances // len(core), dim=0)
+        raise MixLoraError(
+            f"a generation that was begun with {len(core)} instances goes on with {instances}: its routes are held "
+            "per instance; keep the batch as it is, or use decode_routing='step'"
+        )
+
+    def hold(self, layer: MixLoraLayer, adapter: str, core: Tensor) -> None:
+        """Keep a core for the rest of the generation."""
+        self.held[layer, adapter] = core.detach()
+
+
+class _ThreadState(threading.local):
+    scope: RoutingScope | None = None  # of the innermost forward pass that is running
+    held: HeldCores | None = None  # of the innermost generation that is running
+
+
+_state = _ThreadState()
+_held_by_cache: weakref.WeakKeyDictionary[Any, HeldCores] = weakref.WeakKeyDictionary()
+
+
+def current_scope() -> RoutingScope | None:
+    """The scope of the forward pass that this thread is in."""
+    return _state.scope
+
+
+@contextmanager
+def use_scope(scope: RoutingScope | None) -> Iterator[None]:
+    """Run the body as part of the forward pass that `scope` belongs to."""
+    outer, _state.scope = _state.scope, scope
+    try:
+        yield
+    finally:
+        _state.scope = outer
+
+
+@contextmanager
+def generation() -> Iterator[None]:
+    """Run the body as one generation: routes that its first forward computes hold for all its forwards."""
+    outer, _state.held = _state.held, {}
+    try:
+        yield
+    finally:
+        _state.held = outer
+
+
+def refine(attention_mask: Tensor | None, labels: Tensor | None, embeddings: Tensor) -> None:
+    """Tell the running forward pass what its sequence has become: `embeddings` [B, S, d] with its mask and labels."""
+    if (scope := _state.scope) is not None:
+        scope.set_positions(*_positions(embeddings.shape[:2], attention_mask, labels))
+
+
+def attach(model: nn.Module) -> None:
+    """Open a scope around every forward pass of `model`; does nothing the second time."""
+    if not is_attached(model):
+        model.register_forward_pre_hook(_open_scope, with_kwargs=True)
+        model.register_forward_hook(_close_scope, with_kwargs=True, always_call=True)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Whether [`attach`] was called on `model`."""
+    return _open_scope in model._forward_pre_hooks.values()
+
+
+def detach(model: nn.Module) -> None:
+    """Undo [`attach`] and [`follow_checkpoints`]."""
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _open_scope]:
+        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    for key in [key for key, hook in model._forward_hooks.items() if hook is _close_scope]:
+        del model._forward_hooks[key], model._forward_hooks_with_kwargs[key], model._forward_hooks_always_called[key]
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, ScopedCheckpoint):
+            module._gradient_checkpointing_func = checkpoint.checkpoint
+
+
+def follow_checkpoints(model: nn.Module) -> None:
+    """Make the gradient checkpointing of a transformers model carry the routing scope (reentrant or not).
+
+    transformers keeps the function on every module that checkpoints, as `_gradient_checkpointing_func`.
+    """
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, ScopedCheckpoint):
+            module._gradient_checkpointing_func = ScopedCheckpoint(checkpoint)
+
+
+class ScopedCheckpoint:
+    """A checkpoint function whose recomputation runs under the scope of the forward pass that called it.
+
+    Args:
+        checkpoint: a function like `torch.utils.checkpoint.checkpoint`, called as `checkpoint(function, *args)`.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        scope = _state.scope
+
+        def run_in_scope(*inputs: Any, **options: Any) -> Any:
+            with use_scope(scope):
+                return function(*inputs, **options)
+
+        return self.checkpoint(run_in_scope, *args, **kwargs)
+
+
+def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if model.training and torch.is_grad_enabled():
+        follow_checkpoints(model)
+    inputs = _named_inputs(model, args, kwargs)
+    sequence = inputs.get("inputs_embeds")
+    sequence = inputs.get("input_ids") if sequence is None else sequence
+    scope = RoutingScope(held=_held_cores(inputs.get("past_key_values")))
+    if isinstance(sequence, Tensor) and sequence.ndim >= 2:
+        scope.set_positions(*_positions(sequence.shape[:2], inputs.get("attention_mask"), inputs.get("labels")))
+    scope.outer = _state.scope
+    _state.scope = scope
+
+
+def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    scope = _state.scope
+    cache = getattr(output, "past_key_values", None)
+    if cache is not None and scope.held:
+        _held_by_cache[cache] = scope.held
+    _state.scope = scope.outer
+
+
+def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    return {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
+
+
+def _held_cores(cache: Any) -> HeldCores | None:
+    if _state.held is not None:
+        return _state.held
+    return None if cache is None else _held_by_cache.get(cache)
+
+
+def _positions(
+    shape: tuple[int, int], attention_mask: Any, labels: Any
+) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
+    instances, length = shape
+    attended = prompt = None
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
+        # With a cache the mask also covers the positions before this forward's own.
+        attended = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    if isinstance(labels, Tensor) and tuple(labels.shape) == (instances, length):
+        prompt = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
+    return (instances, length), attended, prompt

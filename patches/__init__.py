@@ -1,0 +1,46 @@
+"""Every change that the plugin makes to upstream programs, applied at run time by [`apply`] and undone by [`undo`].
+
+One module per upstream module; each lists its patches in `PATCHES`. Nothing happens on import.
+"""
+
+from . import (
+    llava_arch,
+    llava_builder,
+    llava_llama,
+    llava_train,
+    llava_trainer,
+    transformers_trainer,
+)
+from .patch import Patch, PatchError
+
+# LLaVA cannot be imported before transformers has back what it imports, so the order matters.
+PATCHES: tuple[Patch, ...] = (
+    *transformers_trainer.PATCHES,
+    *llava_llama.PATCHES,
+    *llava_arch.PATCHES,
+    *llava_builder.PATCHES,
+    *llava_trainer.PATCHES,
+    *llava_train.PATCHES,
+)
+
+__all__ = ["PATCHES", "Patch", "PatchError", "apply", "undo"]
+
+
+def apply() -> None:
+    """Apply every patch that the installed versions need; does nothing the second time.
+
+    Raises:
+        PatchError: a symbol to be replaced is missing. Nothing stays half patched.
+    """
+    try:
+        for patch in PATCHES:
+            patch.apply()
+    except Exception:
+        undo()
+        raise
+
+
+def undo() -> None:
+    """Take every applied patch back, last one first."""
+    for patch in reversed(PATCHES):
+        patch.undo()

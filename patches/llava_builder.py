@@ -1,0 +1,60 @@
+"""`llava.model.builder`: loading a MixLoRA adapter, which stays an adapter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from llava_mixlora.adapter_folder import (
+    base_model_of,
+    check_adapter,
+    is_mixlora_adapter,
+    read_non_lora_trainables,
+)
+
+from .patch import Patch
+
+Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
+
+
+def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
+    @functools.wraps(original)
+    def load_pretrained_model(
+        model_path: str, model_base: str | None, model_name: str, *args: Any, **kwargs: Any
+    ) -> Loaded:
+        if not is_mixlora_adapter(model_path):
+            return original(model_path, model_base, model_name, *args, **kwargs)
+        base = base_model_of(model_path, model_base)
+        check_adapter(model_path)
+        trained_beside = read_non_lora_trainables(model_path)
+        # Upstream loads the base as a complete LLaVA, with the configuration that training wrote (a bare Vicuna does
+        # not know of a vision tower); then come the projector and the adapter. Its own LoRA branch would merge.
+        name = "llava-mistral" if "mistral" in model_name.lower() else "llava"
+        kwargs["config"] = _llava_config(model_path)
+        tokenizer, model, image_processor, context_length = original(base, None, name, *args, **kwargs)
+        model.load_state_dict(trained_beside, strict=False)
+        return tokenizer, _with_adapter(model, model_path), image_processor, context_length
+
+    return load_pretrained_model
+
+
+def _llava_config(model_path: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_path)
+
+
+def _with_adapter(model: Any, model_path: str) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, model_path).eval()
+
+
+PATCHES = (
+    Patch(
+        "llava.model.builder:load_pretrained_model",
+        why="upstream merges every adapter into its base, and asks for the base even where the adapter names it",
+        replace=_load_mixlora,
+    ),
+)

@@ -1,0 +1,164 @@
+"""`llava.train.train`: the MixLoRA flags, the adapter that they describe, and checks before the model is loaded."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from llava_mixlora.config import MixLoraConfig
+from llava_mixlora.errors import MixLoraError
+from llava_mixlora.preflight import check_training_inputs
+
+from .patch import Patch
+
+PRESETS = {None: MixLoraConfig, "paper": MixLoraConfig.paper}
+
+
+@dataclass
+class MixLoraArguments:
+    """Flags next to LLaVA's own `--lora_r --lora_alpha --lora_dropout --lora_bias --bits`, which keep their meaning."""
+
+    mixlora_enable: bool = field(default=False, metadata={"help": "Train a MixLoRA adapter (implies --lora_enable)."})
+    mixlora_num_factors: Optional[int] = field(
+        default=None, metadata={"help": "Factors in each pool (E). Default: 16, or --lora_r where that is larger."}
+    )
+    mixlora_routing: Optional[str] = field(default=None, metadata={"help": "ifs_cfs (default), ifs or random."})
+    mixlora_router_gradient: Optional[str] = field(
+        default=None, metadata={"help": "straight_through (default) trains the routers, none leaves them random."}
+    )
+    mixlora_router_scope: Optional[str] = field(
+        default=None, metadata={"help": "Positions that routers average: prompt (default) or sequence."}
+    )
+    mixlora_decode_routing: Optional[str] = field(
+        default=None, metadata={"help": "prefill (default) keeps the prompt's routes while generating, or step."}
+    )
+    mixlora_router_lr: Optional[float] = field(
+        default=None, metadata={"help": "Learning rate of the routers. Default: --learning_rate."}
+    )
+    mixlora_preset: Optional[str] = field(
+        default=None, metadata={"help": "paper: the behaviour of the authors' released code; other flags still count."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.mixlora_enable:
+            self.lora_enable = True
+            self.mixlora_config()  # names a bad value now, not after the model is loaded
+        super().__post_init__()
+        _arguments.set(self)
+
+    def mixlora_config(self, target_modules: list[str] | None = None) -> MixLoraConfig:
+        """The configuration that the flags describe.
+
+        Raises:
+            MixLoraError: a flag holds a value outside its documented set.
+        """
+        if self.mixlora_preset not in PRESETS:
+            raise MixLoraError(f"mixlora_preset={self.mixlora_preset!r}: expected 'paper', or no --mixlora_preset")
+        given = {
+            "routing": self.mixlora_routing,
+            "router_gradient": self.mixlora_router_gradient,
+            "router_scope": self.mixlora_router_scope,
+            "decode_routing": self.mixlora_decode_routing,
+        }
+        return PRESETS[self.mixlora_preset](
+            r=self.lora_r,
+            num_factors=self.mixlora_num_factors or max(MixLoraConfig.num_factors, self.lora_r),
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            bias={"lora_only": "mixlora_only"}.get(self.lora_bias, self.lora_bias),
+            target_modules=target_modules,
+            task_type="CAUSAL_LM",
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+
+_arguments: ContextVar[MixLoraArguments | None] = ContextVar("arguments of the running train()", default=None)
+
+
+@dataclass
+class RenamedArguments:
+    """Flags that upstream's scripts pass and that transformers 5 has renamed or dropped."""
+
+    evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Old name of --eval_strategy."})
+    warmup_ratio: Optional[float] = field(
+        default=None, metadata={"help": "Warmup as a share of all steps; now a --warmup_steps below 1."}
+    )
+    save_safetensors: bool = field(default=True, metadata={"help": "No longer a choice: always safetensors."})
+
+    def __post_init__(self) -> None:
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.warmup_ratio is not None:
+            self.warmup_steps = self.warmup_ratio
+        super().__post_init__()
+
+
+def _with_flags(flags: type) -> Callable[[type], type]:
+    def extend(original: type) -> type:
+        # The class keeps its name and module, by which Trainer pickles it into training_args.bin.
+        identity = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        return dataclass(type(original.__name__, (flags, original), identity))
+
+    return extend
+
+
+def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def train(attn_implementation: str | None = None) -> None:
+        check_training_inputs(sys.argv[1:])
+        token = _arguments.set(None)
+        try:
+            original(attn_implementation=_available_attention(attn_implementation))
+        finally:
+            _arguments.reset(token)
+
+    return train
+
+
+def _available_attention(implementation: str | None) -> str | None:
+    from transformers.utils import is_flash_attn_2_available
+
+    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        print("flash-attn is not installed or sees no GPU: using PyTorch's scaled dot product attention instead.")
+        return "sdpa"
+    return implementation
+
+
+def _adapter_by_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = _arguments.get()
+        if arguments is not None and arguments.mixlora_enable:
+            peft_config = arguments.mixlora_config(sorted(peft_config.target_modules))
+        return original(model, peft_config, *args, **kwargs)
+
+    return get_peft_model
+
+
+PATCHES = (
+    Patch(
+        "llava.train.train:TrainingArguments",
+        why="train() parses its flags into this class, and MixLoRA has flags of its own",
+        replace=_with_flags(MixLoraArguments),
+    ),
+    Patch(
+        "llava.train.train:TrainingArguments",
+        why="upstream's scripts pass flags that transformers 5 has renamed",
+        replace=_with_flags(RenamedArguments),
+        requires={"transformers": ">=5"},
+    ),
+    Patch(
+        "llava.train.train:train",
+        why="bad input should be named before the model is loaded, and flash attention may not be installed",
+        replace=_train_checked,
+    ),
+    Patch(
+        "peft:get_peft_model",
+        why="train() asks it for a LoRA adapter, from LoRA's flags; with --mixlora_enable it makes a MixLoRA adapter",
+        replace=_adapter_by_flags,
+    ),
+)
