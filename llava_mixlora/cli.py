@@ -20,9 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     launcher_flags = []
     while argv and LOCAL_RANK.fullmatch(argv[0]):
         launcher_flags.append(argv.pop(0))
-    arguments = _parser().parse_args(argv)
     try:
-        return arguments.command(arguments, launcher_flags)
+        if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
+            return _run(launcher_flags, argv[1:])  # argparse would take the script's flags for ours
+        _parser().parse_args(argv)
+        return 0
     except MixLoraError as error:
         print(f"llava-mixlora: error: {error}", file=sys.stderr)
         return 1
@@ -32,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llava-mixlora", description="MixLoRA for the LLaVA that is installed here.")
     parser.add_argument("--version", action="version", version=f"llava-mixlora {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    run = commands.add_parser(
+    commands.add_parser(
         "run",
         help="run a LLaVA entry point with the plugin active",
         usage="llava-mixlora run [-h] (-m MODULE | SCRIPT.py) [ARGS ...]",
@@ -40,13 +42,10 @@ def _parser() -> argparse.ArgumentParser:
         "deepspeed --module llava_mixlora run ..., torchrun -m llava_mixlora run ...",
         epilog="example: llava-mixlora run -m llava.serve.cli --model-path OUT --image-file IMG --device cpu",
     )
-    run.add_argument("target", nargs=argparse.REMAINDER, metavar="-m MODULE | SCRIPT.py, ARGS")
-    run.set_defaults(command=_run)
     return parser
 
 
-def _run(arguments: argparse.Namespace, launcher_flags: list[str]) -> int:
-    words = arguments.target
+def _run(launcher_flags: list[str], words: list[str]) -> int:
     as_module = words[:1] == ["-m"]
     words = words[1:] if as_module else words
     if not words:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from peft import PeftConfig
+
 from .errors import MixLoraError
 from .registration import MIXLORA
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import MixLoraConfig
 from .errors import MixLoraError
-from .mixture import Route, at_least_float32, core, low_rank_update, pooled_input, route_at_random, route_by_input
+from .mixture import Route, core, low_rank_update, pooled_input, route_at_random, route_by_input
 from .routing_scope import RoutingScope, current_scope
 
 
@@ -132,13 +132,11 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
 
     def _core(self, x: Tensor, adapter: str) -> Tensor:
         settings, scope = self.settings[adapter], current_scope()
-        if scope is not None and not scope.covers(x):
-            scope = None
-        holds = scope is not None and settings.decode_routing == "prefill"
+        holds = scope is not None and scope.shares_instances(x) and settings.decode_routing == "prefill"
         if holds and (held := scope.held_core(self, adapter, len(x))) is not None:
             return held
         with torch.autocast(x.device.type, enabled=False):
-            route = self._route(x, adapter, scope)
+            route = self._route(x, adapter, scope if scope is not None and scope.covers(x) else None)
             self.last_routes[adapter] = route.detach()
             dtype = torch.promote_types(self.mixlora_A[adapter].dtype, x.dtype)
             result = core(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)

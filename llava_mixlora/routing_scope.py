@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from .errors import MixLoraError
 
@@ -43,7 +44,7 @@ class RoutingScope:
         shape: (B, S) of the sequence, or None when the model's input is not a sequence.
         attended: bool [B, S], False at padding; None when every position is attended.
         prompt: bool [B, S], True before the first supervised label; None when there are no labels.
-        held: cores by layer; those found here are used, those missing are entered.
+        held: cores that earlier forward passes of the same generation computed; they are used again.
     """
 
     def __init__(
@@ -53,7 +54,10 @@ class RoutingScope:
         prompt: Tensor | None = None,
         held: HeldCores | None = None,
     ) -> None:
+        # Apart from `computed`, so that a checkpoint that runs the forward again computes what the forward computed.
         self.held: HeldCores = {} if held is None else held
+        self.computed: HeldCores = {}
+        self.model: nn.Module | None = None
         self.outer: RoutingScope | None = None
         self.set_positions(shape, attended, prompt)
 
@@ -65,6 +69,10 @@ class RoutingScope:
     def covers(self, x: Tensor) -> bool:
         """Whether x [B, S, d] is this scope's sequence (and not, say, the patches inside a vision tower)."""
         return self.shape is not None and x.ndim == 3 and x.shape[:2] == self.shape
+
+    def shares_instances(self, x: Tensor) -> bool:
+        """Whether x [B, S', d] holds this scope's instances: all their positions or, in a model's head, the last."""
+        return self.shape is not None and x.ndim == 3 and len(x) == self.shape[0]
 
     def weights(self, router_scope: str, count_padding: bool) -> Tensor | None:
         """Rows [B, S] in float32 that sum to one over the routed positions; None where all positions count alike."""
@@ -102,7 +110,7 @@ class RoutingScope:
 
     def hold(self, layer: MixLoraLayer, adapter: str, core: Tensor) -> None:
         """Keep a core for the rest of the generation."""
-        self.held[layer, adapter] = core.detach()
+        self.computed[layer, adapter] = core.detach()
 
 
 class _ThreadState(threading.local):
@@ -111,7 +119,7 @@ class _ThreadState(threading.local):
 
 
 _state = _ThreadState()
-_held_by_cache: weakref.WeakKeyDictionary[Any, HeldCores] = weakref.WeakKeyDictionary()
+_held_by_cache: weakref.WeakKeyDictionary[Cache, HeldCores] = weakref.WeakKeyDictionary()
 
 
 def current_scope() -> RoutingScope | None:
@@ -209,15 +217,19 @@ def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     scope = RoutingScope(held=_held_cores(inputs.get("past_key_values")))
     if isinstance(sequence, Tensor) and sequence.ndim >= 2:
         scope.set_positions(*_positions(sequence.shape[:2], inputs.get("attention_mask"), inputs.get("labels")))
-    scope.outer = _state.scope
+    scope.model, scope.outer = model, _state.scope
+    while scope.outer is not None and scope.outer.model is model:
+        scope.outer = scope.outer.outer  # left behind by a KeyboardInterrupt, for which PyTorch calls no hook
     _state.scope = scope
 
 
 def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     scope = _state.scope
+    if scope.computed and _state.held is not None:
+        _state.held = {**_state.held, **scope.computed}
     cache = getattr(output, "past_key_values", None)
-    if cache is not None and scope.held:
-        _held_by_cache[cache] = scope.held
+    if isinstance(cache, Cache) and (scope.held or scope.computed):
+        _held_by_cache[cache] = {**scope.held, **scope.computed}
     _state.scope = scope.outer
 
 
@@ -230,7 +242,7 @@ def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _held_cores(cache: Any) -> HeldCores | None:
     if _state.held is not None:
         return _state.held
-    return None if cache is None else _held_by_cache.get(cache)
+    return _held_by_cache.get(cache) if isinstance(cache, Cache) else None
 
 
 def _positions(

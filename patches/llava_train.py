@@ -15,6 +15,9 @@ from llava_mixlora.preflight import check_training_inputs
 
 from .patch import Patch
 
+# As `find_all_linear_names`. It names the kinds of layers only, and a CLIP tower, not loaded yet when train() makes the
+# adapter, has layers of the same names when the adapter is loaded again.
+NOT_THE_LANGUAGE_MODEL = r".*(mm_projector|vision_tower|vision_resampler).*"
 PRESETS = {None: MixLoraConfig, "paper": MixLoraConfig.paper}
 
 
@@ -48,7 +51,8 @@ class MixLoraArguments:
             self.lora_enable = True
             self.mixlora_config()  # names a bad value now, not after the model is loaded
         super().__post_init__()
-        _arguments.set(self)
+        if (running := _running_train.get()) is not None:
+            running.arguments = self
 
     def mixlora_config(self, target_modules: list[str] | None = None) -> MixLoraConfig:
         """The configuration that the flags describe.
@@ -64,19 +68,28 @@ class MixLoraArguments:
             "router_scope": self.mixlora_router_scope,
             "decode_routing": self.mixlora_decode_routing,
         }
+        factors = self.mixlora_num_factors
         return PRESETS[self.mixlora_preset](
             r=self.lora_r,
-            num_factors=self.mixlora_num_factors or max(MixLoraConfig.num_factors, self.lora_r),
+            num_factors=max(MixLoraConfig.num_factors, self.lora_r) if factors is None else factors,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             bias={"lora_only": "mixlora_only"}.get(self.lora_bias, self.lora_bias),
             target_modules=target_modules,
+            exclude_modules=NOT_THE_LANGUAGE_MODEL,
             task_type="CAUSAL_LM",
             **{name: value for name, value in given.items() if value is not None},
         )
 
 
-_arguments: ContextVar[MixLoraArguments | None] = ContextVar("arguments of the running train()", default=None)
+@dataclass
+class RunningTrain:
+    """One call of train(), and the flags that it has parsed so far."""
+
+    arguments: MixLoraArguments | None = None
+
+
+_running_train: ContextVar[RunningTrain | None] = ContextVar("the train() that is running", default=None)
 
 
 @dataclass
@@ -110,11 +123,11 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def train(attn_implementation: str | None = None) -> None:
         check_training_inputs(sys.argv[1:])
-        token = _arguments.set(None)
+        token = _running_train.set(RunningTrain())
         try:
             original(attn_implementation=_available_attention(attn_implementation))
         finally:
-            _arguments.reset(token)
+            _running_train.reset(token)
 
     return train
 
@@ -131,9 +144,9 @@ def _available_attention(implementation: str | None) -> str | None:
 def _adapter_by_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = _arguments.get()
-        if arguments is not None and arguments.mixlora_enable:
-            peft_config = arguments.mixlora_config(sorted(peft_config.target_modules))
+        running = _running_train.get()
+        if running is not None and running.arguments is not None and running.arguments.mixlora_enable:
+            peft_config = running.arguments.mixlora_config(sorted(peft_config.target_modules))
         return original(model, peft_config, *args, **kwargs)
 
     return get_peft_model

@@ -1,0 +1,250 @@
+"""The main job on the embedded default: what `scripts/finetune_mixlora.sh` runs when no MODEL is given.
+
+Each stage leaves a complete result or none. Data, vision tower, tokenizer, base model and the base model's answers are
+kept in the cache folder for later runs; an interrupted run goes on at the stage in which it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+IMAGES, HELDOUT, TRAIN = "images", "heldout.json", "train.json"
+RESULTS = "results.json"
+TRAINED_WITH = "playground_run.json"  # in the output folder: the settings of a training that came to its end
+TRIAL_STEPS, TRIAL_QUESTIONS = 4, 3
+FINETUNING = {"learning_rate": 2e-3, "per_device_train_batch_size": 48, "max_steps": 400}
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    arguments = _parser().parse_args()
+    from llava_mixlora import MixLoraError
+
+    try:
+        run(arguments)
+    except MixLoraError as error:
+        return _stop(f"error: {error}")
+    except subprocess.CalledProcessError as error:
+        return _stop(f"error: training stopped with exit status {error.returncode}; its messages are above")
+    except KeyboardInterrupt:
+        return _stop("\ninterrupted; the same command goes on with this stage", status=130)
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prepare what is missing, fine-tune, evaluate before and after, and show the results."""
+    started = time.monotonic()
+    from llava_mixlora import MixLoraConfig
+    from llava_mixlora.preflight import check_writable
+
+    MixLoraConfig(r=arguments.rank, num_factors=arguments.factors, routing=arguments.routing)
+    for folder in (arguments.output, arguments.cache):
+        check_writable(folder)
+
+    base = prepare_base(arguments)
+    data, output = arguments.cache / "data", arguments.output
+    settings = {
+        "mixlora_routing": arguments.routing,
+        "mixlora_num_factors": arguments.factors,
+        "lora_r": arguments.rank,
+        "lora_alpha": 2 * arguments.factors,  # the authors' ratio
+        "lora_dropout": 0.0,
+        "seed": arguments.seed,
+        **FINETUNING,
+        **({"max_steps": TRIAL_STEPS} if arguments.trial else {}),
+    }
+    finetune(settings, arguments.flags, base, data, output)
+
+    from playground import report
+    from playground.answers import read_questions
+
+    questions = read_questions(data / HELDOUT, TRIAL_QUESTIONS if arguments.trial else None)
+    _announce("Asking the base model the held-out questions")
+    before = _answers_of_base(base, questions, arguments.cache)
+    _announce("Asking the fine-tuned model")
+    after = _answers_of(output, questions, data)
+    seconds = time.monotonic() - started
+    contents = report.results(questions, before, after.texts, trainable_parameters(output), seconds)
+    report.draw_contact_sheet(output / "contact_sheet.png", questions, after.texts, data / IMAGES)
+    report.draw_loss_curve(output / "loss_curve.png", output / "trainer_state.json")
+    report.draw_factor_usage(output / "factor_usage.png", after)
+    report.write_results(output / RESULTS, contents)
+    _show(contents, report.samples(questions, after.texts), report.table(contents), output, data)
+
+
+def prepare_base(arguments: argparse.Namespace) -> Path:
+    """Build what the cache folder lacks; returns the folder of the tiny LLaVA."""
+    from playground import tasks, tiny_base, tiny_tokenizer, tiny_tower
+
+    cache, seed = arguments.cache, arguments.seed
+    tower_steps, base_steps = (TRIAL_STEPS,) * 2 if arguments.trial else (tiny_tower.STEPS, tiny_base.STEPS)
+    data, tower, tokenizer, base = (cache / name for name in ("data", "tower", "tokenizer", "llava-v1-tiny"))
+    key = _stage("1/4 pictures and questions", data, [seed, tasks], lambda: tasks.build(data, seed))
+    tower_key = _stage(
+        "2/4 vision tower",
+        tower,
+        [key, tower_steps, tiny_tower],
+        lambda: tiny_tower.build(data, tower, seed, tower_steps),
+    )
+    words_key = _stage("3/4 tokenizer", tokenizer, [key, tiny_tokenizer], lambda: tiny_tokenizer.build(data, tokenizer))
+    _stage(
+        "4/4 base model",
+        base,
+        [tower_key, words_key, base_steps, tiny_base, str(tower.absolute())],
+        lambda: tiny_base.build(data, tower, tokenizer, base, seed, base_steps),
+    )
+    return base
+
+
+def finetune(settings: dict[str, Any], flags: list[str], base: Path, data: Path, output: Path) -> None:
+    """Train the adapter through upstream's `train()`, unless an interrupted run of the same settings got past this."""
+    from playground.tiny_base import train
+
+    trained_with = {**settings, "flags": flags, "base": (base / MADE_FROM).read_text()}
+    record = output / TRAINED_WITH
+    interrupted_later = record.is_file() and json.loads(record.read_text()) == trained_with
+    if interrupted_later and not (output / RESULTS).exists():
+        _announce("Fine-tuning: done by the interrupted run")
+        return
+    _announce(f"Fine-tuning with MixLoRA: {settings['max_steps']} steps")
+    for leftover in (record, output / RESULTS):
+        leftover.unlink(missing_ok=True)
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)  # of another run; upstream would resume from it
+    train(
+        {
+            "mixlora_enable": True,
+            "model_name_or_path": base.absolute(),
+            "data_path": data / TRAIN,
+            "image_folder": data / IMAGES,
+            "vision_tower": (data.parent / "tower").absolute(),
+            "output_dir": output,
+            **settings,
+        },
+        flags,
+    )
+    record.write_text(json.dumps(trained_with, indent=2) + "\n", encoding="utf-8")
+
+
+def trainable_parameters(adapter: Path) -> int:
+    """How many numbers training could change: pools, routers that learn, and what was trained beside them."""
+    from peft import PeftConfig
+    from safetensors import safe_open
+
+    from llava_mixlora.adapter_folder import read_non_lora_trainables
+
+    learns = PeftConfig.from_pretrained(str(adapter)).router_gradient != "none"
+    total = sum(tensor.numel() for tensor in read_non_lora_trainables(adapter).values())
+    with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if learns or not any(kind in name for kind in ("mixlora_router", "mixlora_cfs")):
+                total += tensors.get_tensor(name).numel()
+    return total
+
+
+MADE_FROM = "made_from.txt"
+"""In every cached folder, written last: a digest of the code, the seed and the earlier stages it was made from."""
+
+
+def _stage(title: str, folder: Path, ingredients: list[Any], build: Callable[[], None]) -> str:
+    digest = hashlib.sha256()
+    for ingredient in ingredients:
+        source = getattr(ingredient, "__file__", None)
+        digest.update(Path(source).read_bytes() if source else str(ingredient).encode())
+    key, stamp = digest.hexdigest(), folder / MADE_FROM
+    if stamp.is_file() and stamp.read_text() == key:
+        _announce(f"{title}: cached in {folder}")
+        return key
+    _announce(title)
+    stamp.unlink(missing_ok=True)
+    build()
+    stamp.write_text(key)
+    return key
+
+
+def _answers_of_base(base: Path, questions: list[dict[str, Any]], cache: Path) -> list[str]:
+    key = hashlib.sha256(json.dumps(questions).encode() + (base / MADE_FROM).read_bytes()).hexdigest()
+    stored = cache / "answers_of_base.json"
+    if stored.is_file() and (content := json.loads(stored.read_text(encoding="utf-8")))["key"] == key:
+        return content["texts"]
+    texts = _answers_of(base, questions, cache / "data").texts
+    unfinished = stored.with_suffix(".tmp")
+    unfinished.write_text(json.dumps({"key": key, "texts": texts}, indent=1), encoding="utf-8")
+    os.replace(unfinished, stored)
+    return texts
+
+
+def _answers_of(folder: Path, questions: list[dict[str, Any]], data: Path) -> Any:
+    from llava_mixlora import patches
+
+    patches.apply()
+    from llava.model.builder import load_pretrained_model
+
+    from playground.answers import answer
+
+    loaded = load_pretrained_model(str(folder), None, "llava-v1-tiny", device_map="cpu", device="cpu")
+    tokenizer, model, image_processor, _ = loaded
+    return answer((tokenizer, model.float(), image_processor), questions, data / IMAGES)
+
+
+def _show(
+    contents: dict[str, Any], samples: list[tuple[dict[str, Any], str]], table: str, output: Path, data: Path
+) -> None:
+    print(f"\n{table}\n")
+    print("Six held-out questions:")
+    for question, text in samples:
+        mark = "right" if text == question["truth"] else f"wrong, truth: {question['truth']}"
+        print(f"  {question['image']}: {question['question']}  ->  {text}  ({mark})")
+    print(f"\ntrainable parameters: {contents['trainable_parameters']:,}    wall time: {contents['seconds']:.0f} s")
+    print(f"adapter:  {output}")
+    print(f"results:  {output / RESULTS}")
+    print(f"pictures: {', '.join(str(output / name) for name in PICTURES)}")
+    print(
+        "\nTalk to it:\n  source scripts/setup.sh\n"
+        f"  llava-mixlora run -m llava.serve.cli --model-path {output} "
+        f"--image-file {data / IMAGES / samples[0][0]['image']} --device cpu --temperature 0"
+    )
+
+
+PICTURES = ("contact_sheet.png", "loss_curve.png", "factor_usage.png")
+
+
+def _announce(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def _stop(message: str, status: int = 1) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="finetune_mixlora.sh", description="Fine-tune a tiny LLaVA with MixLoRA on twelve tasks over real images."
+    )
+    parser.add_argument("--routing", default="ifs_cfs", help="ifs_cfs, ifs or random (default: %(default)s)")
+    parser.add_argument("--factors", type=int, default=16, help="factors in each pool (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=4, help="factors chosen per instance (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=HERE / "output" / "llava-v1-tiny-mixlora", help="adapter folder")
+    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="data and base model (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    parser.add_argument(
+        "--trial", action="store_true", help="a few steps and questions only, to see that everything runs"
+    )
+    parser.add_argument("flags", nargs="*", help="after --: further flags of llava.train.train")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

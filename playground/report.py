@@ -1,0 +1,168 @@
+"""What a run shows at its end: a table, `results.json` and three pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from PIL import Image
+
+from playground.answers import Answers
+
+RIGHT, WRONG = "#1a7f37", "#b42318"
+
+
+def accuracy_by_task(questions: list[dict[str, Any]], texts: list[str]) -> dict[str, float]:
+    """The share of answers that equal the truth to the letter, in percent, by task."""
+    right: dict[str, list[bool]] = {}
+    for question, text in zip(questions, texts):
+        right.setdefault(question["task"], []).append(text == question["truth"])
+    return {task: 100 * sum(hits) / len(hits) for task, hits in right.items()}
+
+
+def results(
+    questions: list[dict[str, Any]], before: list[str], after: list[str], trainable_parameters: int, seconds: float
+) -> dict[str, Any]:
+    """The contents of `results.json`; accuracies in percent, `seconds` of wall time."""
+    was, now = accuracy_by_task(questions, before), accuracy_by_task(questions, after)
+    counts = {task: sum(question["task"] == task for question in questions) for task in was}
+    tasks = {task: {"before": round(was[task], 2), "after": round(now[task], 2), "n": counts[task]} for task in was}
+    return {
+        "tasks": tasks,
+        "mean_before": round(sum(was.values()) / len(was), 2),
+        "mean_after": round(sum(now.values()) / len(now), 2),
+        "seconds": round(seconds, 1),
+        "trainable_parameters": trainable_parameters,
+    }
+
+
+def write_results(path: Path, contents: dict[str, Any]) -> None:
+    """Write `results.json` in one step: it exists only when the run is complete."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def table(contents: dict[str, Any]) -> str:
+    """The accuracies as a text table."""
+    width = max(len("mean"), *(len(task) for task in contents["tasks"]))
+    rule = "-" * (width + 34)
+    rows = [f"{'task':<{width}}  {'questions':>9}  {'before':>7}  {'after':>7}", rule]
+    for task, row in contents["tasks"].items():
+        rows.append(f"{task:<{width}}  {row['n']:>9}  {row['before']:>6.1f}%  {row['after']:>6.1f}%")
+    total = sum(row["n"] for row in contents["tasks"].values())
+    rows += [rule, f"{'mean':<{width}}  {total:>9}  {contents['mean_before']:>6.1f}%  {contents['mean_after']:>6.1f}%"]
+    return "\n".join(rows)
+
+
+def samples(questions: list[dict[str, Any]], texts: list[str], count: int = 6) -> list[tuple[dict[str, Any], str]]:
+    """`count` questions of different tasks, each with the model's answer; the same ones every time."""
+    numbers = _drawn_of_each_task(questions, 1)
+    return [(questions[number], texts[number]) for number in numbers[:: max(1, len(numbers) // count)][:count]]
+
+
+def draw_contact_sheet(path: Path, questions: list[dict[str, Any]], texts: list[str], image_folder: Path) -> None:
+    """Two held-out pictures of every task with question, answer (green: right, red: wrong) and truth."""
+    shown = _drawn_of_each_task(questions, 2)
+    columns = 6
+    rows = -(-len(shown) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 3.0 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, number in zip(axes.flat, shown):
+        question, text = questions[number], texts[number]
+        right = text == question["truth"]
+        verdict = text if right else f"{text or '(nothing)'}\ntruth: {question['truth']}"
+        axis.imshow(Image.open(Path(image_folder) / question["image"]))
+        axis.set_title(f"{question['task']}: {_wrapped(question['question'])}", fontsize=7)
+        axis.text(
+            *(0.5, -0.05),
+            "\n".join(_wrapped(line) for line in verdict.split("\n")),
+            transform=axis.transAxes,
+            fontsize=8,
+            color=RIGHT if right else WRONG,
+            ha="center",
+            va="top",
+        )
+    figure.suptitle("Held-out pictures: question, the model's answer (green: right, red: wrong), truth")
+    _save(figure, path)
+
+
+def draw_loss_curve(path: Path, trainer_state: Path) -> None:
+    """The training loss by step, from the `trainer_state.json` that upstream's train() leaves."""
+    history = json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"]
+    points = [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(*zip(*points))
+    axis.set(xlabel="step", ylabel="training loss", title="MixLoRA fine-tuning of the tiny LLaVA", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    _save(figure, path)
+
+
+def draw_factor_usage(path: Path, answers: Answers) -> None:
+    """Which factors each task uses: one heatmap per adapted layer, pool A above pool B, tasks by factors."""
+    names = list(answers.usage)
+    blocks = sorted(
+        {_block(name) for name in names}, key=lambda block: [int(s) for s in block.split(".") if s.isdigit()]
+    )
+    kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    figure, axes = plt.subplots(
+        2 * len(blocks), len(kinds), figsize=(2.1 * len(kinds) + 1, 3.2 * len(blocks)), squeeze=False, sharey=True
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for name, usage in answers.usage.items():
+        column, row = kinds.index(name.rsplit(".", 1)[-1]), 2 * blocks.index(_block(name))
+        for pool, axis in enumerate(axes[row : row + 2, column]):
+            share = usage[pool] / usage[pool].sum(dim=1, keepdim=True).clamp(min=1)
+            axis.axis("on")
+            axis.imshow(share, aspect="auto", vmin=0, cmap="magma")
+            axis.set_title(f"{_layer_label(name)}, pool {'AB'[pool]}", fontsize=7)
+            axis.set_xticks([])
+            axis.set_yticks(range(len(answers.tasks)), answers.tasks, fontsize=5)
+    factors = next(iter(answers.usage.values())).shape[-1] if names else 0
+    figure.suptitle(
+        f"Share of each of the {factors} factors (across) in the routes of each task (down), held-out questions"
+    )
+    _save(figure, path)
+
+
+def _drawn_of_each_task(questions: list[dict[str, Any]], count: int) -> list[int]:
+    """Indices of `count` questions of every task, task after task, drawn with a fixed seed."""
+    of_task: dict[str, list[int]] = {}
+    for number, question in enumerate(questions):
+        of_task.setdefault(question["task"], []).append(number)
+    draw = random.Random(0)
+    return [number for numbers in of_task.values() for number in draw.sample(numbers, min(count, len(numbers)))]
+
+
+def _block(name: str) -> str:
+    return ".".join(part for part in name.split(".")[:-1] if part not in ("self_attn", "mlp"))
+
+
+def _layer_label(name: str) -> str:
+    number = next((part for part in name.split(".") if part.isdigit()), "")
+    return f"layer {number} {name.rsplit('.', 1)[-1]}"
+
+
+def _wrapped(text: str, width: int = 26) -> str:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += ("" if not lines[-1] else " ") + word
+    return "\n".join(lines)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

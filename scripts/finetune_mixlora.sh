@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Fine-tunes LLaVA with MixLoRA.
+#
+#   bash scripts/finetune_mixlora.sh [ROUTING [FACTORS [RANK]]] [--flags of llava.train.train ...]
+#
+# Without a MODEL: the embedded default. Real images and a tiny LLaVA, minutes on two CPU cores, nothing downloaded.
+# With a MODEL: the run of the paper, under DeepSpeed where there is a GPU.
+#
+#   ROUTING  ifs_cfs (default), ifs or random; the authors' names input_lora_a_param and input are understood
+#   FACTORS  rank-one factors in each pool (default 16)
+#   RANK     factors chosen per instance (default 4)
+#
+# Environment:
+#   MODEL         language model or LLaVA to start from, such as lmsys/vicuna-7b-v1.5 or liuhaotian/llava-v1.5-7b
+#   DATA_PATH     training data in LLaVA's JSON format               IMAGE_FOLDER  where its images lie
+#   VISION_TOWER  default openai/clip-vit-large-patch14-336          MM_PROJECTOR  pretrained mm_projector.bin
+#   OUTPUT_DIR    where the adapter goes                             GPUS          how many (default: all)
+#   DEEPSPEED_CONFIG  default scripts/zero2.json                    CACHE_DIR, TRIAL=1  (embedded default) where data and
+#                 base model are kept; a few steps only, to see that everything runs
+set -euo pipefail
+root="$(cd "$(dirname "$0")/.." && pwd)"
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
+    exit 0
+fi
+
+positional=()
+while [[ $# -gt 0 && "$1" != --* && ${#positional[@]} -lt 3 ]]; do
+    positional+=("$1")
+    shift
+done
+routing="${positional[0]:-ifs_cfs}"
+factors="${positional[1]:-16}"
+rank="${positional[2]:-4}"
+case "$routing" in
+    input) routing=ifs ;;
+    input_lora_a_param) routing=ifs_cfs ;;
+esac
+for number in "$factors" "$rank"; do
+    [[ "$number" =~ ^[0-9]+$ ]] || { echo "error: $number: expected a whole number; see --help" >&2; exit 1; }
+done
+if [[ $# -gt 0 && "$1" != --* ]]; then
+    echo "error: unexpected argument $1: expected at most ROUTING FACTORS RANK, then --flags; see --help" >&2
+    exit 1
+fi
+
+# shellcheck source=scripts/setup.sh
+source "$root/scripts/setup.sh"
+cd "$root"
+
+if [[ -z "${MODEL:-}" ]]; then
+    exec python -m playground.embedded_default --routing "$routing" --factors "$factors" --rank "$rank" \
+        ${OUTPUT_DIR:+--output "$OUTPUT_DIR"} ${CACHE_DIR:+--cache "$CACHE_DIR"} ${TRIAL:+--trial} -- "$@"
+fi
+
+: "${DATA_PATH:?set DATA_PATH to the training data (JSON in the format of LLaVA)}"
+: "${IMAGE_FOLDER:?set IMAGE_FOLDER to the folder of the images that DATA_PATH names}"
+output="${OUTPUT_DIR:-checkpoints/llava-$(basename "$MODEL")-mixlora-$routing-E$factors-r$rank}"
+
+# The hyperparameters of the authors' script; lora_alpha is twice the number of factors there.
+arguments=(
+    --mixlora_enable True --mixlora_routing "$routing" --mixlora_num_factors "$factors"
+    --lora_r "$rank" --lora_alpha $((2 * factors)) --lora_dropout 0.05
+    --model_name_or_path "$MODEL" --version v1
+    --data_path "$DATA_PATH" --image_folder "$IMAGE_FOLDER"
+    --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
+    --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
+    --mm_use_im_start_end False --mm_use_im_patch_token False
+    --output_dir "$output"
+    --num_train_epochs 3 --per_device_train_batch_size 16 --gradient_accumulation_steps 2
+    --learning_rate 4e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+    --eval_strategy no --save_strategy steps --save_steps 477
+    --logging_steps 1 --report_to none
+    --model_max_length 1792 --gradient_checkpointing True --lazy_preprocess True --dataloader_num_workers 4
+)
+[[ -n "${MM_PROJECTOR:-}" ]] && arguments+=(--pretrain_mm_mlp_adapter "$MM_PROJECTOR")
+
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    launcher=(deepspeed)
+    [[ -n "${GPUS:-}" ]] && launcher+=(--num_gpus "$GPUS")
+    "${launcher[@]}" --module llava_mixlora run -m llava.train.train_mem \
+        --deepspeed "${DEEPSPEED_CONFIG:-$root/scripts/zero2.json}" --bf16 True --tf32 True "${arguments[@]}" "$@"
+else
+    echo "no GPU found: training on the CPU"
+    llava-mixlora run -m llava.train.train "${arguments[@]}" "$@"
+fi
+echo "adapter: $output"
+echo "talk to it: llava-mixlora run -m llava.serve.cli --model-path $output --image-file IMAGE"

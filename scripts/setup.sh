@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Installs llava-mixlora and what it needs; does nothing when that is already done.
+#
+#   bash scripts/setup.sh            run it, or
+#   source scripts/setup.sh          also activate the environment in this shell
+#
+# Uses the active virtual or conda environment; without one it creates .venv in the repository.
+# PYTHON=python3.11 chooses the interpreter of a new .venv.
+
+llava_mixlora_setup() {
+    local root venv_python stamp wanted
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
+
+    if [[ -z "${VIRTUAL_ENV:-}" && -z "${CONDA_PREFIX:-}" ]]; then
+        if [[ ! -x "$root/.venv/bin/python" ]]; then
+            echo "setup: creating $root/.venv"
+            "${PYTHON:-python3}" -m venv "$root/.venv" || {
+                echo "setup: error: cannot create $root/.venv; is the venv module of ${PYTHON:-python3} installed?" >&2
+                return 1
+            }
+        fi
+        # shellcheck disable=SC1091
+        source "$root/.venv/bin/activate" || return 1
+    fi
+    venv_python="$(command -v python)" || { echo "setup: error: no python in the active environment" >&2; return 1; }
+    python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "setup: error: $venv_python is $(python --version); expected Python 3.10 or newer (set PYTHON=)" >&2
+        return 1
+    }
+
+    # The stamp names what was installed from where, so a changed requirement or a moved clone installs again.
+    stamp="$(python -c 'import sys; print(sys.prefix)')/.llava-mixlora-setup"
+    wanted="$root $(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" "$root/scripts/setup.sh" | cksum)"
+    if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && python -c 'import llava_mixlora' 2>/dev/null; then
+        return 0
+    fi
+
+    local pip=(python -m pip install --quiet --disable-pip-version-check -c "$root/scripts/constraints.txt")
+    echo "setup: installing into $(dirname "$(dirname "$venv_python")") (a few minutes the first time)"
+    # PyTorch first: DeepSpeed looks at it while it is being installed.
+    "${pip[@]}" torch==2.13.0 numpy || { echo "setup: error: PyTorch could not be installed (see above)" >&2; return 1; }
+    "${pip[@]}" -e "$root[qlora,deepspeed,dev]" || {
+        echo "setup: error: the requirements could not be installed (see above)" >&2
+        return 1
+    }
+    # LLaVA's own metadata pins the versions of 2023. An installed LLaVA, such as a fork, is left alone.
+    if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llava") is None)'; then
+        "${pip[@]}" --no-deps llava-torch==1.2.2.post1 || {
+            echo "setup: error: LLaVA could not be installed (see above)" >&2
+            return 1
+        }
+    fi
+    echo "$wanted" > "$stamp"
+    echo "setup: done"
+}
+
+llava_mixlora_setup || { echo "setup: stopped" >&2; return 1 2>/dev/null || exit 1; }

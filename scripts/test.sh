@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets everything up and runs every check: formatting, lint and the tests with coverage (at least 85% of lines).
+#
+#   bash scripts/test.sh                   everything
+#   bash scripts/test.sh tests/patches -x  pytest arguments: only those tests, without the coverage bound
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
+    sed -n '2,5s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
+# shellcheck source=scripts/setup.sh
+source scripts/setup.sh
+
+ruff check .
+ruff format --check .
+if [[ $# -gt 0 ]]; then
+    exec python -m pytest "$@"
+fi
+coverage erase
+# Tests of the command line start processes of their own; this makes coverage measure those too.
+export COVERAGE_PROCESS_START="$PWD/pyproject.toml"
+coverage run -m pytest
+coverage combine --quiet
+coverage report --fail-under=85

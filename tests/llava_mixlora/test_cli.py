@@ -1,0 +1,105 @@
+"""The console script, mostly as a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_mixlora import __version__
+from llava_mixlora.cli import main
+
+SCRIPT = """
+import sys
+import llava.train.train, peft, transformers.trainer
+from llava_mixlora import patches
+assert __name__ == "__main__"
+assert all(patch.applied for patch in patches.PATCHES if patch.needed)
+assert hasattr(llava.train.train.TrainingArguments, "mixlora_config")
+import beside
+print("ARGUMENTS", sys.argv)
+print("BESIDE", beside.VALUE)
+"""
+
+
+def command(*words, cwd=None):
+    return subprocess.run([sys.executable, "-m", "llava_mixlora", *words], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "beside.py").write_text("VALUE = 42\n")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path / "script.py"
+
+
+def test_script_runs_as_main_with_the_patches_and_its_own_arguments(script, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = command("--local_rank=1", "run", str(script), "-m", "--help", "--lora_r", "4", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert f"ARGUMENTS {[str(script), '--local_rank=1', '-m', '--help', '--lora_r', '4']}" in done.stdout
+    assert "BESIDE 42" in done.stdout
+
+
+def test_patched_module_runs_with_its_patches():
+    done = command("run", "-m", "llava.train.train", "--help")
+    assert done.returncode == 0, done.stderr
+    for flag in ("--mixlora_enable", "--mixlora_preset", "--evaluation_strategy", "--lora_enable"):
+        assert flag in done.stdout
+
+
+def test_bad_input_is_one_line_and_status_one(tmp_path):
+    flags = ["--mixlora_enable", "--data_path", str(tmp_path / "gone.json"), "--output_dir", str(tmp_path / "out")]
+    done = command("run", "-m", "llava.train.train_mem", *flags)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("llava-mixlora: error: ") and "gone.json" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def error_of(capsys, *words):
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("llava-mixlora: error: ")
+    return line
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "-m"]])
+def test_nothing_to_run_is_an_error(capsys, words):
+    assert "nothing to run" in error_of(capsys, *words)
+
+
+def test_unknown_module_and_script_are_named(capsys, patched):
+    assert "-m no.such.module" in error_of(capsys, "run", "-m", "no.such.module")
+    assert "-m llava.no_such" in error_of(capsys, "run", "-m", "llava.no_such")
+    assert "gone.py: no such script" in error_of(capsys, "run", "gone.py")
+
+
+@pytest.mark.parametrize("words", [[], ["juggle"], ["--no-such-flag"]])
+def test_unknown_subcommand_is_a_usage_error(capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert "usage: llava-mixlora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["run", "-h"]])
+def test_help_is_shown(capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0
+    assert "LLaVA" in capsys.readouterr().out
+
+
+def test_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == f"llava-mixlora {__version__}"
+
+
+def test_console_script_is_installed():
+    done = subprocess.run(
+        [Path(sys.executable).with_name("llava-mixlora"), "--version"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == f"llava-mixlora {__version__}"

@@ -1,0 +1,148 @@
+"""Bad input is named in one line before a model is loaded."""
+
+import json
+
+import pytest
+
+from llava_mixlora import MixLoraError
+from llava_mixlora.preflight import check_images, check_training_inputs, check_writable, read_conversations
+
+TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."}]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Flags of a run whose inputs are all there."""
+    for folder in ("model", "tower", "images"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(b"")
+    (tmp_path / "projector.bin").write_bytes(b"")
+    (tmp_path / "data.json").write_text(
+        json.dumps([{"image": "1.png", "conversations": TURNS}, {"conversations": TURNS}])
+    )
+    return {
+        "mixlora_enable": "True",
+        "model_name_or_path": tmp_path / "model",
+        "vision_tower": tmp_path / "tower",
+        "pretrain_mm_mlp_adapter": tmp_path / "projector.bin",
+        "data_path": tmp_path / "data.json",
+        "image_folder": tmp_path / "images",
+        "output_dir": tmp_path / "output",
+    }
+
+
+def check(run, **changes):
+    check_training_inputs([f"--{name}={value}" for name, value in {**run, **changes}.items() if value is not None])
+
+
+def message_of(function, *args, **kwargs):
+    with pytest.raises(MixLoraError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_complete_inputs_pass_and_the_output_folder_exists(run):
+    check(run, unknown_flag="of upstream")
+    assert run["output_dir"].is_dir() and not list(run["output_dir"].iterdir())
+
+
+def test_flags_may_be_given_in_two_words(run):
+    words = [word for name, value in run.items() for word in (f"--{name}", str(value))]
+    check_training_inputs(words)
+    words[words.index(str(run["data_path"]))] = "gone.json"
+    assert "gone.json" in message_of(check_training_inputs, words)
+
+
+@pytest.mark.parametrize("enabled", [None, "False", "false", "0"])
+def test_plain_upstream_runs_are_not_checked(run, enabled):
+    check(run, mixlora_enable=enabled, data_path="/no/such.json")
+    assert not run["output_dir"].exists()
+
+
+def test_enabling_without_a_value_counts(run):
+    words = [f"--{name}={value}" for name, value in run.items() if name != "mixlora_enable"]
+    assert "gone.json" in message_of(check_training_inputs, [*words, "--data_path=gone.json", "--mixlora_enable"])
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path"])
+@pytest.mark.parametrize("gone", ["/no/such/place", "./gone/place"])
+def test_missing_path_is_named(run, flag, gone):
+    message = message_of(check, run, **{flag: gone})
+    assert gone in message and "no such" in message
+    assert not run["output_dir"].exists()
+
+
+@pytest.mark.parametrize(
+    "flag, name", [("model_name_or_path", "lmsys/vicuna-7b-v1.5"), ("vision_tower", "openai/clip")]
+)
+def test_hub_names_pass(run, flag, name):
+    check(run, **{flag: name})
+
+
+def test_missing_data_path_flag_is_named(run):
+    assert "--data_path is missing" in message_of(check, run, data_path=None)
+
+
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        ("", "not valid JSON"),
+        ('[{"conversations": [', "not valid JSON"),
+        ("{}", "expected a JSON list with at least one conversation, got dict"),
+        ("[]", "an empty list"),
+        ("3", "got int"),
+        ("[1]", "entry 0"),
+        ('[{"id": 1}]', "entry 0"),
+        (json.dumps([{"conversations": TURNS}, {"conversations": TURNS[:1]}]), "entry 1"),
+        (json.dumps([{"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}]), "entry 0"),
+        (json.dumps([{"conversations": [{"from": "human", "value": None}, TURNS[1]]}]), "entry 0"),
+        (json.dumps([{"conversations": "hello"}]), "entry 0"),
+    ],
+)
+def test_broken_data_is_described(tmp_path, content, named):
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    message = message_of(read_conversations, path)
+    assert named in message and str(path) in message
+
+
+def test_data_that_is_not_text_is_described(tmp_path):
+    (tmp_path / "data.json").write_bytes(b"\xff\xfe\x00binary")
+    assert "not valid JSON" in message_of(read_conversations, tmp_path / "data.json")
+
+
+def test_folder_in_place_of_data_is_described(tmp_path):
+    assert "cannot be read" in message_of(read_conversations, tmp_path)
+
+
+def test_well_formed_data_is_returned(run):
+    assert [sample["conversations"] for sample in read_conversations(run["data_path"])] == [TURNS, TURNS]
+
+
+def test_first_missing_image_is_named_with_its_entry_and_their_number(run):
+    names = ["1.png", "gone/b.png", "gone/a.png", "gone/b.png"]
+    samples = [{"image": name, "conversations": TURNS} for name in names]
+    message = message_of(check_images, samples, "data.json", run["image_folder"])
+    assert f"{run['image_folder']}/gone/b.png: no such image" in message
+    assert "entry 1 of data.json" in message and "(2 of 3 images are missing)" in message
+
+
+def test_samples_without_images_need_none(run):
+    check_images([{"conversations": TURNS}], "data.json", "/no/such/folder")
+
+
+@pytest.mark.parametrize("place", ["data.json", "data.json/below"])
+def test_output_that_cannot_be_a_folder_is_named(run, tmp_path, place):
+    message = message_of(check, run, output_dir=tmp_path / place)
+    assert str(tmp_path / place) in message and "cannot be written" in message and "--output_dir" in message
+
+
+def test_output_folder_in_use_is_kept(tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    check_writable(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_read_only_place_is_named():
+    assert "cannot be written" in message_of(check_writable, "/proc/llava-mixlora")

@@ -1,0 +1,127 @@
+"""The routing scope inside upstream's LLaVA: the sequence that counts is the one with the image features."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from llava_mixlora import MixLoraConfig
+
+from ..tiny import layers, random_ids, randomise
+
+IMAGE, IGNORE = -200, -100
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def adapt(model, **options):
+    target_modules = r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+    config = MixLoraConfig(r=2, num_factors=6, lora_alpha=8, target_modules=target_modules, **options)
+    config.exclude_modules = r".*vision_tower.*"
+    config.task_type = "CAUSAL_LM"
+    model = randomise(get_peft_model(model, config)).eval()
+    assert len(layers(model)) == 14
+    return model
+
+
+def prompt(before, after, seed):
+    return torch.cat([random_ids(before, seed=seed), torch.tensor([IMAGE]), random_ids(after, seed=seed + 50)])
+
+
+@pytest.fixture
+def instances():
+    """Prompts of different lengths, each with an image."""
+    images = torch.randn(3, 3, 16, 16)
+    return [prompt(2, 3, 1), prompt(1, 7, 2), prompt(3, 4, 3)], images
+
+
+def right_padded(rows, value=0):
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+@pytest.mark.parametrize("router_scope", ["prompt", "sequence"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_batch_of_different_prompts_gives_each_what_it_gets_alone(llava, instances, router_scope, side):
+    rows, images = instances
+    llava.config.tokenizer_padding_side = side
+    model = adapt(llava, router_scope=router_scope)
+    ids = right_padded(rows)
+    together = model(input_ids=ids, attention_mask=right_padded([torch.ones_like(row) for row in rows]), images=images)
+    longest = together.logits.shape[1]
+    assert longest == max(len(row) for row in rows) + 3  # one image token has become four patches
+    for b, row in enumerate(rows):
+        alone = model(input_ids=row[None], images=images[b : b + 1]).logits[0]
+        start = longest - len(alone) if side == "left" else 0
+        torch.testing.assert_close(together.logits[b, start : start + len(alone)], alone, **CLOSE)
+
+
+def test_answers_and_their_padding_reach_no_router(llava, instances):
+    rows, images = instances
+    model = adapt(llava)
+
+    def routes_with(answers):
+        full = [torch.cat([row, answer]) for row, answer in zip(rows, answers)]
+        labels = [torch.cat([torch.full_like(row, IGNORE), answer]) for row, answer in zip(rows, answers)]
+        model(
+            input_ids=right_padded(full),
+            labels=right_padded(labels, IGNORE),
+            attention_mask=right_padded([torch.ones_like(row) for row in full]),
+            images=images,
+        )
+        return torch.stack([route.score_A for route in model.base_model.routes().values()])
+
+    short = routes_with([random_ids(1, seed=b) for b in range(3)])
+    long = routes_with([random_ids(2 + b, seed=b + 20) for b in range(3)])
+    torch.testing.assert_close(short, long, **CLOSE)
+    for b, row in enumerate(rows):
+        model(input_ids=row[None], images=images[b : b + 1])
+        alone = torch.stack([route.score_A for route in model.base_model.routes().values()])
+        torch.testing.assert_close(short[:, b : b + 1], alone, **CLOSE)
+
+
+def test_image_reaches_the_routers(llava, instances):
+    rows, images = instances
+    model = adapt(llava)
+    model(input_ids=rows[0][None], images=images[:1])
+    first = model.base_model.routes()
+    model(input_ids=rows[0][None], images=images[1:2])
+    second = model.base_model.routes()
+    assert any(not torch.allclose(first[name].score_A, second[name].score_A, atol=1e-4) for name in first)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_training_has_the_same_gradients(_llava, llava, copy_of, instances, use_reentrant):
+    rows, images = instances
+    full = [torch.cat([row, random_ids(2 + b, seed=b)]) for b, row in enumerate(rows)]
+    labels = [torch.cat([torch.full_like(r, IGNORE), f[len(r) :]]) for r, f in zip(rows, full)]
+    batch = {
+        "input_ids": right_padded(full),
+        "labels": right_padded(labels, IGNORE),
+        "attention_mask": right_padded([torch.ones_like(row) for row in full]),
+        "images": images,
+    }
+    plain, checkpointed = adapt(copy_of(_llava)).train(), adapt(llava).train()
+    checkpointed.enable_input_require_grads()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    for model in (plain, checkpointed):
+        model(**batch).loss.backward()
+    expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
+    for name, parameter in checkpointed.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_generation_about_an_image_is_the_same_cached_and_uncached(llava, instances):
+    rows, images = instances
+    model = adapt(llava)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for b, row in enumerate(rows):
+        cached = model.generate(inputs=row[None], images=images[b : b + 1], **options)
+        uncached = model.generate(inputs=row[None], images=images[b : b + 1], use_cache=False, **options)
+        assert torch.equal(cached, uncached) and cached.shape == (1, 8)
+
+
+def test_text_without_an_image_is_routed_too(llava):
+    model = adapt(llava)
+    ids, mask = random_ids(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+    together = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(together[0, :4], model(input_ids=ids[:1, :4]).logits[0], **CLOSE)

@@ -1,0 +1,195 @@
+"""Upstream's `load_pretrained_model` on what upstream's `train()` leaves behind."""
+
+import shutil
+
+import peft
+import pytest
+import torch
+from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
+from peft import LoraConfig, PeftModel
+
+from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES
+
+from ..tiny import layers, random_ids, randomise
+
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def base(_llava, tokenizer_folder, tmp_path_factory):
+    """The tiny LLaVA as a checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("llava-base")
+    _llava.save_pretrained(folder)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    """Upstream's checkpoint holds the vision tower twice, and transformers reports that at length."""
+    caplog.set_level("ERROR", logger="transformers.modeling_utils")
+
+
+def write_adapter(base, folder, config):
+    """What upstream's train() writes: the adapter, the configuration, the projector."""
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    model = LlavaLlamaForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, config)  # its vision tower is not loaded yet, as in train()
+    randomise(model)
+    torch.manual_seed(7)
+    projector = {
+        f"base_model.model.{name}": torch.randn_like(parameter) * 0.3
+        for name, parameter in model.base_model.model.named_parameters()
+        if "mm_projector" in name
+    }
+    assert len(projector) == 4
+    model.config.save_pretrained(folder)
+    model.save_pretrained(folder)
+    torch.save(projector, folder / NON_LORA_TRAINABLES)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava-tiny-mixlora")
+    options = {"target_modules": NAMES, "exclude_modules": NOT_THE_LANGUAGE_MODEL, "task_type": "CAUSAL_LM"}
+    write_adapter(base, folder, MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options))
+    return folder
+
+
+@pytest.fixture
+def damaged(adapter, tmp_path):
+    """A copy of the adapter to damage."""
+    return shutil.copytree(adapter, tmp_path / "llava-mixlora")
+
+
+@pytest.fixture
+def load(patched):
+    from llava.model import builder
+
+    def load(path, model_base=None, name="llava-tiny-mixlora"):
+        return builder.load_pretrained_model(str(path), model_base, name, device="cpu")
+
+    return load
+
+
+def ask(model):
+    ids = torch.tensor([[1, 5, -200, 7, 8, 9]])
+    images = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3)).half()
+    with torch.no_grad():
+        return model(input_ids=ids, images=images).logits
+
+
+def loaded_by_peft(base, adapter):
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    model = LlavaLlamaForCausalLM.from_pretrained(base, dtype=torch.float16)
+    projector = torch.load(adapter / NON_LORA_TRAINABLES)
+    model.load_state_dict({name.removeprefix("base_model.model."): p for name, p in projector.items()}, strict=False)
+    model = PeftModel.from_pretrained(model, adapter)
+    model.get_model().get_vision_tower().load_model()  # in float32, as upstream leaves it unless device_map is given
+    return model.eval()
+
+
+def test_adapter_stays_an_adapter_and_its_base_is_inferred(load, adapter, base):
+    tokenizer, model, image_processor, context_length = load(adapter)
+    assert model.peft_config["default"].peft_type == "MIXLORA"
+    assert not model.training
+    assert len(tokenizer) == model.config.vocab_size and context_length == 2048
+    assert image_processor.crop_size["height"] == 16
+    assert torch.equal(ask(model), ask(loaded_by_peft(base, adapter)))
+
+
+def test_adapter_and_projector_have_an_effect(load, adapter, base, damaged):
+    _, model, _, _ = load(adapter)
+    with_both = ask(model)
+    with model.disable_adapter():
+        assert not torch.allclose(ask(model), with_both, atol=1e-2)
+    (damaged / NON_LORA_TRAINABLES).unlink()
+    _, without_projector, _, _ = load(damaged)
+    assert not torch.allclose(ask(without_projector), with_both, atol=1e-2)
+
+
+def test_only_the_trained_layers_are_adapted(load, adapter):
+    """The tower's attention has projections of the same names, and is loaded here, not in training."""
+    _, model, _, _ = load(adapter)
+    assert len(layers(model)) == 14
+    assert not any("vision_tower" in name for name in layers(model))
+
+
+def test_given_base_wins_over_the_recorded_one(load, damaged, base):
+    config = (damaged / "adapter_config.json").read_text()
+    (damaged / "adapter_config.json").write_text(config.replace(str(base), "/no/such/base"))
+    _, model, _, _ = load(damaged, str(base))
+    assert layers(model)
+
+
+def test_loaded_model_generates(load, adapter):
+    _, model, _, _ = load(adapter)
+    ids = torch.tensor([[1, 5, -200, 7, 8, 9]])
+    options = {"images": torch.randn(1, 3, 16, 16).half(), "do_sample": False, "max_new_tokens": 5}
+    answer = model.generate(ids, eos_token_id=None, pad_token_id=0, **options)
+    uncached = model.generate(ids, eos_token_id=None, pad_token_id=0, use_cache=False, **options)
+    assert answer.shape == (1, 5) and torch.equal(answer, uncached)
+
+
+def test_folder_needs_no_lora_in_its_name(load, adapter):
+    _, model, _, _ = load(adapter, name="checkpoint-final")
+    assert model.peft_config["default"].peft_type == "MIXLORA"
+
+
+def message_of(load, *args):
+    with pytest.raises(MixLoraError) as error:
+        load(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_missing_base_is_named(load, damaged, base):
+    config = (damaged / "adapter_config.json").read_text()
+    (damaged / "adapter_config.json").write_text(config.replace(str(base), "/no/such/base"))
+    message = message_of(load, damaged)
+    assert "'/no/such/base'" in message and "--model-base" in message
+
+
+def test_given_base_that_does_not_exist_is_named(load, damaged):
+    assert "'/no/such/base'" in message_of(load, damaged, "/no/such/base")
+
+
+def test_adapter_that_names_no_base_asks_for_one(load, damaged, base):
+    config = (damaged / "adapter_config.json").read_text()
+    (damaged / "adapter_config.json").write_text(config.replace(f'"{base}"', "null"))
+    assert "pass --model-base" in message_of(load, damaged)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 2000])
+def test_truncated_adapter_is_named(load, damaged, kept):
+    weights = damaged / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:kept])
+    assert "adapter_model.safetensors is damaged" in message_of(load, damaged)
+
+
+def test_missing_adapter_weights_are_named(load, damaged):
+    (damaged / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors is missing" in message_of(load, damaged)
+
+
+def test_damaged_projector_is_named(load, damaged):
+    (damaged / NON_LORA_TRAINABLES).write_bytes(b"PK\x03\x04 nothing")
+    assert f"{NON_LORA_TRAINABLES} is damaged" in message_of(load, damaged)
+
+
+def test_plain_lora_folder_is_merged_by_upstream(load, base, tmp_path):
+    folder = tmp_path / "llava-lora"
+    write_adapter(base, folder, LoraConfig(r=2, target_modules=NAMES, task_type="CAUSAL_LM"))
+    _, model, _, _ = load(folder, str(base), "llava-lora")
+    assert not isinstance(model, PeftModel) and not layers(model)
+    assert ask(model).isfinite().all()
+
+
+def test_plain_llava_is_loaded_by_upstream(load, base):
+    _, model, _, _ = load(base, None, "llava-base")
+    assert not isinstance(model, PeftModel)
+    ids = random_ids(1, 4)
+    assert model(input_ids=ids).logits.shape == (1, 4, model.config.vocab_size)

@@ -1,0 +1,206 @@
+"""The flags of `llava.train.train` and the adapter that they describe."""
+
+import pickle
+import sys
+
+import peft
+import pytest
+import torch
+import transformers
+from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
+from peft import LoraConfig
+
+from llava_mixlora import MixLoraConfig, MixLoraError
+
+from ..tiny import layers
+
+
+@pytest.fixture
+def parse(patched, tmp_path):
+    """Parses flags as upstream's train() does."""
+    from llava.train import train
+
+    def parse(*flags):
+        parser = transformers.HfArgumentParser(train.TrainingArguments)
+        (arguments,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", *flags])
+        return arguments
+
+    return parse
+
+
+def test_flags_become_the_configuration(parse):
+    arguments = parse(
+        *("--mixlora_enable", "--lora_r", "3", "--lora_alpha", "24", "--lora_dropout", "0.1"),
+        *("--mixlora_num_factors", "8", "--mixlora_routing", "ifs", "--mixlora_router_gradient", "none"),
+        *("--mixlora_router_scope", "sequence", "--mixlora_decode_routing", "step"),
+    )
+    expected = MixLoraConfig(
+        r=3,
+        lora_alpha=24,
+        lora_dropout=0.1,
+        num_factors=8,
+        routing="ifs",
+        router_gradient="none",
+        router_scope="sequence",
+        decode_routing="step",
+        target_modules=["q_proj"],
+        exclude_modules=NOT_THE_LANGUAGE_MODEL,
+        task_type="CAUSAL_LM",
+    )
+    assert arguments.mixlora_config(["q_proj"]).to_dict() == expected.to_dict()
+
+
+def test_flags_that_are_not_given_keep_the_defaults(parse):
+    config, default = parse("--mixlora_enable", "--lora_r", "4").mixlora_config(), MixLoraConfig()
+    for name in ("num_factors", "routing", "router_gradient", "router_scope", "count_padding", "decode_routing"):
+        assert getattr(config, name) == getattr(default, name)
+
+
+def test_enabling_mixlora_enables_upstreams_lora_branch(parse):
+    assert parse("--mixlora_enable").lora_enable
+    assert not parse().lora_enable
+
+
+def test_pools_are_never_smaller_than_the_rank(parse):
+    assert parse("--mixlora_enable", "--lora_r", "64").mixlora_config().num_factors == 64
+
+
+def test_paper_preset_is_the_paper_configuration(parse):
+    config = parse("--mixlora_enable", "--mixlora_preset", "paper", "--lora_r", "4").mixlora_config()
+    paper = MixLoraConfig.paper(r=4)
+    for name in ("router_gradient", "router_scope", "count_padding", "decode_routing", "cfs_product"):
+        assert getattr(config, name) == getattr(paper, name)
+    assert config.count_padding
+
+
+def test_other_flags_override_the_preset(parse):
+    flags = ("--mixlora_enable", "--mixlora_preset", "paper", "--mixlora_router_gradient", "straight_through")
+    config = parse(*flags).mixlora_config()
+    assert config.router_gradient == "straight_through" and config.count_padding
+
+
+@pytest.mark.parametrize("given, expected", [("none", "none"), ("all", "all"), ("lora_only", "mixlora_only")])
+def test_bias_flag_keeps_its_meaning(parse, given, expected):
+    assert parse("--mixlora_enable", "--lora_bias", given).mixlora_config().bias == expected
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--lora_r", "9", "--mixlora_num_factors", "8"], "r=9"),
+        (["--mixlora_num_factors", "-1"], "num_factors=-1"),
+        (["--mixlora_num_factors", "0"], "num_factors=0"),
+        (["--mixlora_routing", "best"], "routing='best'"),
+        (["--mixlora_preset", "papier"], "mixlora_preset='papier'"),
+        (["--lora_dropout", "1.5"], "lora_dropout=1.5"),
+        (["--lora_bias", "some"], "bias='some'"),
+    ],
+)
+def test_bad_flag_is_named_before_anything_is_loaded(parse, flags, named):
+    with pytest.raises(MixLoraError, match=named):
+        parse("--mixlora_enable", *flags)
+
+
+def test_bad_mixlora_values_do_not_matter_without_mixlora(parse):
+    assert not parse("--lora_enable", "--lora_r", "64").mixlora_enable
+
+
+def test_flags_that_transformers_renamed_still_work(parse):
+    arguments = parse("--evaluation_strategy", "steps", "--eval_steps", "5", "--warmup_ratio", "0.03")
+    assert arguments.eval_strategy == "steps"
+    assert arguments.get_warmup_steps(1000) == 30
+    assert parse("--save_safetensors", "True").save_safetensors
+
+
+def test_new_names_work_without_the_old_ones(parse):
+    arguments = parse("--eval_strategy", "steps", "--eval_steps", "5", "--warmup_steps", "7")
+    assert arguments.eval_strategy == "steps" and arguments.get_warmup_steps(1000) == 7
+
+
+def test_training_arguments_pickle_by_upstreams_name(parse, tmp_path):
+    arguments = parse("--mixlora_enable", "--mixlora_routing", "ifs")
+    assert b"llava.train.train" in pickle.dumps(arguments)
+    torch.save(arguments, tmp_path / "training_args.bin")
+    loaded = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert loaded.mixlora_routing == "ifs"
+
+
+@pytest.fixture
+def train(patched, llama, tmp_path, monkeypatch):
+    """Runs the patched train() around a body that stands for upstream's, with the given flags."""
+    from llava.train import train as upstream
+
+    adapter_patch = next(patch for patch in patched.PATCHES if patch.target == "llava.train.train:train")
+
+    def run(*flags, attention=None):
+        made = {}
+
+        def body(attn_implementation=None):
+            made["attention"] = attn_implementation
+            parser = transformers.HfArgumentParser(upstream.TrainingArguments)
+            arguments, _ = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+            config = LoraConfig(r=arguments.lora_r, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            made["model"] = peft.get_peft_model(llama, config)
+
+        monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path), "--use_cpu", *flags])
+        adapter_patch.replace(body)(attn_implementation=attention)
+        return made
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]')
+    return str(path)
+
+
+def test_train_gets_a_mixlora_adapter_on_upstreams_target_modules(train, data):
+    flags = ("--mixlora_enable", "--lora_r", "2", "--mixlora_num_factors", "5", "--data_path", data)
+    model = train(*flags)["model"]
+    assert model.peft_config["default"].peft_type == "MIXLORA"
+    adapted = layers(model)
+    assert len(adapted) == 2 and all(name.endswith("q_proj") for name in adapted)
+    assert all(layer.mixlora_A["default"].shape[0] == 5 for layer in adapted.values())
+
+
+def test_train_without_the_flag_gets_upstreams_lora(train):
+    model = train("--lora_enable", "--lora_r", "2")["model"]
+    assert model.peft_config["default"].peft_type == "LORA" and not layers(model)
+
+
+def test_flags_are_forgotten_after_training(train, data, copy_of, _llama):
+    train("--mixlora_enable", "--lora_r", "2", "--data_path", data)
+    later = peft.get_peft_model(copy_of(_llama), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert later.peft_config["default"].peft_type == "LORA"
+
+
+def test_flags_are_forgotten_after_training_fails(train, copy_of, _llama):
+    with pytest.raises(MixLoraError):
+        train("--mixlora_enable", "--lora_r", "2", "--data_path", "missing.json")
+    later = peft.get_peft_model(copy_of(_llama), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert later.peft_config["default"].peft_type == "LORA"
+
+
+def test_bad_data_is_named_before_training_starts(train):
+    with pytest.raises(MixLoraError, match="missing.json: no such file"):
+        train("--mixlora_enable", "--data_path", "missing.json")
+
+
+def test_missing_flash_attention_falls_back(train):
+    assert train("--lora_enable", "--lora_r", "2", attention="flash_attention_2")["attention"] == "sdpa"
+    assert train("--lora_enable", "--lora_r", "2", attention="eager")["attention"] == "eager"
+    assert train("--lora_enable", "--lora_r", "2")["attention"] is None
+
+
+def test_parsing_flags_outside_of_training_changes_no_adapter(parse, llama):
+    parse("--mixlora_enable")
+    model = peft.get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.peft_config["default"].peft_type == "LORA"
+
+
+def test_vision_tower_and_projector_are_never_adapted(parse, llava):
+    config = parse("--mixlora_enable", "--lora_r", "2").mixlora_config(["q_proj", "k_proj", "v_proj"])
+    names = layers(peft.get_peft_model(llava, config))
+    assert len(names) == 6 and all(".layers." in name and "vision_tower" not in name for name in names)
