@@ -18,8 +18,6 @@ if [[ $# -gt 0 ]]; then
     exec python -m pytest "$@"
 fi
 coverage erase
-# Tests of the command line start processes of their own; this makes coverage measure those too.
-export COVERAGE_PROCESS_START="$PWD/pyproject.toml"
 coverage run -m pytest
 coverage combine --quiet
 coverage report --fail-under=85

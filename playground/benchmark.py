@@ -1,0 +1,292 @@
+"""What MixLoRA costs beside LoRA: every variant in one process, taking turns, medians.
+
+    python -m playground.benchmark layer|decode|train|all [--rounds 15] [--output playground/results/benchmark_cpu.json]
+
+`layer`: one linear layer, forward and backward, with the bytes that autograd keeps and the peak of allocated memory.
+`decode`: one token through a Llama with a key-value cache. `train`: one whole training step of the playground's LLaVA
+(needs its cache: run scripts/finetune_mixlora.sh once). Times are compared within one run only; machines are noisy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava_mixlora import MixLoraConfig
+
+HERE = Path(__file__).parent
+INSTANCES = 4
+LAYER_SHAPES = ((2048, 2048, 256), (2048, 5504, 256), (4096, 4096, 128))  # d_in, d_out, positions
+POOLS = ((16, 4), (64, 8))  # E, r
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+Results = list[dict[str, Any]]
+
+
+def main() -> None:
+    """Command line: run, print a table, and merge the figures into the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="which benchmark")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds after three to warm up (default: 15)")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "benchmark_cpu.json", help="JSON to update")
+    arguments = parser.parse_args()
+    stored = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
+        stored[name] = {
+            "machine": _machine(),
+            "rounds": arguments.rounds,
+            "results": BENCHMARKS[name](arguments.rounds),
+        }
+        print(f"\n{name}\n{table(stored[name]['results'])}")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten to {arguments.output}")
+
+
+def layer(rounds: int) -> Results:
+    """One adapted layer, forward and backward, on [4, S, d_in] in float32."""
+    results: Results = []
+    for d_in, d_out, positions in LAYER_SHAPES:
+        x = torch.randn(INSTANCES, positions, d_in, requires_grad=True)
+        for E, r in POOLS:
+            variants = _layer_variants(d_in, d_out, E, r)
+
+            def step(module: nn.Module, x: Tensor = x) -> None:
+                x.grad = None
+                module.zero_grad(set_to_none=True)
+                module(x).sum().backward()
+
+            steps = {name: lambda module=module, step=step: step(module) for name, module in variants.items()}
+            milliseconds = _take_turns(steps, rounds, f"{d_in}x{d_out}, E={E}")
+            for name, module in variants.items():
+                results.append(
+                    {
+                        "case": f"{d_in}x{d_out}, S={positions}, E={E}, r={r}",
+                        "variant": name,
+                        "milliseconds": milliseconds[name],
+                        "saved_bytes": _saved_bytes(module, x),
+                        "peak_bytes": _peak_bytes(steps[name]),
+                    }
+                )
+    return _with_ratios(results, ("milliseconds", "saved_bytes", "peak_bytes"))
+
+
+def decode(rounds: int) -> Results:
+    """One more token for each of four prompts of 64 tokens, with a cache; MixLoRA with the routes of the prompt."""
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, vocab_size=1000
+    )
+    results: Results = []
+    prompt, token = torch.randint(0, 1000, (INSTANCES, 64)), torch.randint(0, 1000, (INSTANCES, 1))
+    for E, r in POOLS:
+        steps = {}
+        for name, adapter in _adapters(E, r).items():
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(config).eval()
+            model = model if adapter is None else get_peft_model(model, adapter).eval()
+            with torch.inference_mode():
+                cache = model(input_ids=prompt, use_cache=True).past_key_values
+
+            def step(model: nn.Module = model, cache: Any = cache) -> None:
+                with torch.inference_mode():
+                    model(input_ids=token, past_key_values=cache, use_cache=True)
+                cache.crop(prompt.shape[1])  # so that every round decodes the same position
+
+            steps[name] = step
+        milliseconds = _take_turns(steps, 4 * rounds, f"decode, E={E}")
+        results += [
+            {"case": f"decode, E={E}, r={r}", "variant": name, "milliseconds": value}
+            for name, value in milliseconds.items()
+        ]
+    return _with_ratios(results, ("milliseconds",))
+
+
+def train(rounds: int) -> Results:
+    """A training step (forward, backward, AdamW) of the playground's LLaVA on a batch of its training data."""
+    from llava_mixlora import patches
+
+    patches.apply()
+    steps = {}
+    for name, adapter in _adapters(16, 4).items():
+        if adapter is None:
+            continue  # a frozen model has no training step
+        model, batch = _playground_model(adapter)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+        def step(model: nn.Module = model, batch: dict[str, Tensor] = batch, optimizer: Any = optimizer) -> None:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        steps[name] = step
+    milliseconds = _take_turns(steps, rounds, "training step")
+    case = "training step, playground LLaVA, batch 48, E=16, r=4"
+    return _with_ratios(
+        [{"case": case, "variant": name, "milliseconds": value} for name, value in milliseconds.items()],
+        ("milliseconds",),
+    )
+
+
+BENCHMARKS: dict[str, Callable[[int], Results]] = {"layer": layer, "decode": decode, "train": train}
+REFERENCE = "LoRA r=E"
+
+
+class MaterialisedUpdate(nn.Module):
+    """The same update by its definition: ΔW [B, d_out, d_in] is built for every instance, then applied.
+
+    Routes are drawn once: only the update is compared.
+    """
+
+    def __init__(self, base_layer: nn.Linear, num_factors: int, r: int) -> None:
+        super().__init__()
+        self.base_layer, self.scaling = base_layer, 32 / r
+        self.A = nn.Parameter(torch.randn(num_factors, base_layer.in_features) / base_layer.in_features**0.5)
+        self.B = nn.Parameter(torch.zeros(num_factors, base_layer.out_features))
+        self.routes = torch.rand(2, INSTANCES, num_factors).topk(r).indices
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen_A, chosen_B = self.A[self.routes[0]], self.B[self.routes[1]]  # [B, r, d_in], [B, r, d_out]
+        delta = self.scaling * torch.bmm(chosen_B.transpose(1, 2), chosen_A)
+        return self.base_layer(x) + torch.bmm(x, delta.transpose(1, 2))
+
+
+def table(results: Results) -> str:
+    """The results as text, one line each."""
+    lines = [f"{'case':<52} {'variant':<18} {'ms':>9} {'vs LoRA r=E':>12} {'saved':>7} {'peak':>7}"]
+    for row in results:
+        ratios = [f"{row[key]:.2f}x" if key in row else "" for key in ("saved_bytes_ratio", "peak_bytes_ratio")]
+        lines.append(
+            f"{row['case']:<52} {row['variant']:<18} {row['milliseconds']:>9.2f} "
+            f"{row['milliseconds_ratio']:>11.2f}x {ratios[0]:>7} {ratios[1]:>7}"
+        )
+    return "\n".join(lines)
+
+
+def _adapters(E: int, r: int) -> dict[str, Any]:
+    common = {"target_modules": LINEAR_LAYERS, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
+    return {
+        "frozen base": None,
+        "LoRA r": LoraConfig(r=r, **common),
+        REFERENCE: LoraConfig(r=E, **common),
+        "MixLoRA ifs": MixLoraConfig(r=r, num_factors=E, routing="ifs", **common),
+        "MixLoRA ifs_cfs": MixLoraConfig(r=r, num_factors=E, routing="ifs_cfs", **common),
+    }
+
+
+def _layer_variants(d_in: int, d_out: int, E: int, r: int) -> dict[str, nn.Module]:
+    class OneLayer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q_proj = nn.Linear(d_in, d_out, bias=False).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q_proj(x)
+
+    variants: dict[str, nn.Module] = {}
+    for name, adapter in _adapters(E, r).items():
+        if adapter is not None:
+            adapter.task_type, adapter.target_modules = None, {"q_proj"}
+        variants[name] = OneLayer() if adapter is None else get_peft_model(OneLayer(), adapter)
+    return {**variants, "materialised": MaterialisedUpdate(OneLayer().q_proj, E, r)}
+
+
+def _playground_model(adapter: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    from llava import conversation
+    from llava.model.builder import load_pretrained_model
+    from llava.train.train import DataArguments, make_supervised_data_module
+
+    cache = HERE / "cache"
+    loaded = load_pretrained_model(str(cache / "llava-v1-tiny"), None, "llava-v1-tiny", device="cpu")
+    tokenizer, model, image_processor, _ = loaded
+    tokenizer.pad_token = tokenizer.unk_token
+    conversation.default_conversation = conversation.conv_templates["llava_v1"]
+    data = DataArguments(data_path=str(cache / "data" / "train.json"), image_folder=str(cache / "data" / "images"))
+    data.image_processor, data.is_multimodal, data.mm_use_im_start_end = image_processor, True, False
+    module = make_supervised_data_module(tokenizer, data)
+    batch = module["data_collator"]([module["train_dataset"][number] for number in range(48)])
+    if isinstance(adapter, MixLoraConfig | LoraConfig):
+        adapter.exclude_modules = r".*(mm_projector|vision_tower).*"
+    model = get_peft_model(model.float(), adapter).train()
+    for parameter in model.get_model().mm_projector.parameters():
+        parameter.requires_grad = True  # upstream's LoRA runs train the projector too
+    return model, batch
+
+
+def _take_turns(steps: dict[str, Callable[[], None]], rounds: int, title: str) -> dict[str, float]:
+    """Median milliseconds of each step; the steps take turns, so that a slow spell of the machine hits them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    warm_up = 3
+    for number in tqdm(range(warm_up + rounds), desc=title, unit="round"):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if number >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: round(1000 * statistics.median(values), 3) for name, values in seconds.items()}
+
+
+def _saved_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass of `module(x)`: the input and intermediates, not parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        output = module(x)  # kept alive until all is counted, so that no address is used twice
+    total = sum(kept.values())
+    del output
+    return total
+
+
+def _peak_bytes(step: Callable[[], None]) -> int:
+    """The highest sum of allocations minus frees during a step, by the allocator's own events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _with_ratios(results: Results, keys: tuple[str, ...]) -> Results:
+    reference = {row["case"]: row for row in results if row["variant"] == REFERENCE}
+    for row in results:
+        for key in keys:
+            row[f"{key}_ratio"] = round(row[key] / reference[row["case"]][key], 3)
+    return results
+
+
+def _machine() -> dict[str, Any]:
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": model.partition(":")[2].strip() or platform.processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""`scripts/finetune_mixlora.sh` as a user runs it, with a few steps of everything (`TRIAL=1`)."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "finetune_mixlora.sh"
+TASKS = 12
+CACHED = (
+    "1/4 pictures and questions: cached",
+    "2/4 vision tower: cached",
+    "3/4 tokenizer: cached",
+    "4/4 base model: cached",
+)
+
+
+def environment(place):
+    chosen = {"TRIAL": "1", "CACHE_DIR": str(place / "cache"), "OUTPUT_DIR": str(place / "llava-v1-out")}
+    return {**os.environ, **chosen, "OMP_NUM_THREADS": "2"}
+
+
+def finetune(place, *words, **variables):
+    return subprocess.run(
+        ["bash", str(SCRIPT), *words],
+        env={**environment(place), **variables},
+        capture_output=True,
+        text=True,
+        cwd=place,  # as if called from anywhere
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A place in which the script has run once, and what it printed."""
+    place = tmp_path_factory.mktemp("job")
+    done = finetune(place, "ifs_cfs", "8", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place, done.stdout
+
+
+@pytest.fixture(scope="module")
+def loaded(finished, patched):
+    from llava.model.builder import load_pretrained_model
+
+    return load_pretrained_model(str(finished[0] / "llava-v1-out"), None, "llava-v1-out", device="cpu")
+
+
+def test_output_holds_adapter_results_and_pictures(finished):
+    out = finished[0] / "llava-v1-out"
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["num_factors"], config["r"]) == ("MIXLORA", 8, 2)
+    assert all("mixlora_" in name for name in load_file(out / "adapter_model.safetensors"))
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llava_llama"
+    projector = torch.load(out / "non_lora_trainables.bin", weights_only=True)
+    assert projector and all("mm_projector" in name for name in projector)
+    for picture in ("contact_sheet.png", "loss_curve.png", "factor_usage.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_report_every_task_before_and_after(finished):
+    place, printed = finished
+    results = json.loads((place / "llava-v1-out" / "results.json").read_text())
+    assert set(results) == {"tasks", "mean_before", "mean_after", "seconds", "trainable_parameters"}
+    assert len(results["tasks"]) == TASKS
+    for name, row in results["tasks"].items():
+        assert set(row) == {"before", "after", "n"} and row["n"] == 3
+        assert 0 <= row["before"] <= 100 and 0 <= row["after"] <= 100
+        assert name in printed
+    trained = [*load_file(place / "llava-v1-out" / "adapter_model.safetensors").values()]
+    trained += torch.load(place / "llava-v1-out" / "non_lora_trainables.bin", weights_only=True).values()
+    assert results["trainable_parameters"] == sum(tensor.numel() for tensor in trained)
+    assert f"{results['trainable_parameters']:,}" in printed and "llava.serve.cli" in printed
+
+
+def test_both_loaders_give_identical_logits(finished, loaded):
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+    from peft import PeftModel
+    from transformers import AutoConfig
+
+    from llava_mixlora.adapter_folder import read_non_lora_trainables
+
+    out = finished[0] / "llava-v1-out"
+    tokenizer, model, _, _ = loaded
+    config = AutoConfig.from_pretrained(out)
+    base = LlavaLlamaForCausalLM.from_pretrained(finished[0] / "cache" / "llava-v1-tiny", config=config).half()
+    base.get_vision_tower().load_model()
+    base.load_state_dict(read_non_lora_trainables(out), strict=False)
+    other = PeftModel.from_pretrained(base, out).eval()
+    input_ids = torch.cat([torch.tensor([[1, -200]]), tokenizer("what color is it?", return_tensors="pt").input_ids], 1)
+    images = torch.rand(1, 3, 64, 64).half()
+    with torch.inference_mode():
+        ours, theirs = (m(input_ids=input_ids, images=images).logits for m in (model, other))
+    assert torch.equal(ours, theirs)
+
+
+def test_upstreams_cli_answers(finished):
+    place, _ = finished
+    image = next((place / "cache" / "data" / "images").glob("shape-heldout-*.png"))
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_mixlora", "run", "-m", "llava.serve.cli"]
+        + ["--model-path", str(place / "llava-v1-out"), "--image-file", str(image), "--device", "cpu"]
+        + ["--max-new-tokens", "4"],
+        input="what color is the shape?\n\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ASSISTANT: " in done.stdout and done.stdout.rstrip().endswith("exit...")
+
+
+def test_run_interrupted_while_training_goes_on_with_training(finished):
+    place, _ = finished
+    output = place / "llava-v1-interrupted"
+    interrupt_when(place, output, "Fine-tuning with MixLoRA", wait=1)
+    assert not (output / "results.json").exists()
+    done = finetune(place, "ifs", "4", "2", OUTPUT_DIR=str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(line in done.stdout for line in CACHED)
+    assert "Fine-tuning with MixLoRA" in done.stdout
+    assert (output / "results.json").exists()
+
+
+def test_run_interrupted_while_answering_does_not_train_again(finished):
+    place, _ = finished
+    output = place / "llava-v1-late"
+    interrupt_when(place, output, "Asking the fine-tuned model", wait=0)
+    done = finetune(place, "ifs", "4", "2", OUTPUT_DIR=str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done by the interrupted run" in done.stdout
+    assert (output / "results.json").exists()
+
+
+def interrupt_when(place, output, line, wait):
+    """Start the script, and kill it and all its children `wait` seconds after it has printed `line`."""
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), "ifs", "4", "2"],
+        env={**environment(place), "OUTPUT_DIR": str(output), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert any(line in printed for printed in process.stdout), "the script ended before it printed the line"
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["ifs_cfs", "4", "8"], "r=8"),
+        (["ifs_cfs", "0", "1"], "num_factors=0"),
+        (["fis", "16", "4"], "routing='fis'"),
+        (["ifs", "many"], "many"),
+    ],
+)
+def test_bad_arguments_are_one_line_before_anything_is_built(tmp_path, words, named):
+    done = finetune(tmp_path, *words)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and named in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "cache" / "data").exists()
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = finetune(tmp_path, OUTPUT_DIR=str(tmp_path / "file" / "llava-v1-out"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "file" in done.stderr.splitlines()[-1]
+
+
+def test_your_own_model_and_data_train_through_the_same_script(finished, tmp_path):
+    place, _ = finished
+    cache = place / "cache"
+    done = finetune(
+        place,
+        *("ifs", "4", "2", "--max_steps", "1", "--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"),
+        *("--gradient_accumulation_steps", "1", "--evaluation_strategy", "no"),
+        MODEL=str(cache / "llava-v1-tiny"),
+        DATA_PATH=str(cache / "data" / "train.json"),
+        IMAGE_FOLDER=str(cache / "data" / "images"),
+        VISION_TOWER=str(cache / "tower"),
+        OUTPUT_DIR=str(tmp_path / "own"),
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "own" / "adapter_config.json").read_text())["lora_alpha"] == 8
+    shutil.rmtree(tmp_path / "own")
