@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 HERE = Path(__file__).parent
 IMAGES, HELDOUT, TRAIN = "images", "heldout.json", "train.json"
 RESULTS = "results.json"
@@ -64,7 +62,6 @@ def run(arguments: argparse.Namespace) -> None:
         "lora_dropout": 0.0,
         "seed": arguments.seed,
         **FINETUNING,
-        **_precision(),
         **({"max_steps": TRIAL_STEPS} if arguments.trial else {}),
     }
     finetune(settings, arguments.flags, base, data, output)
@@ -221,13 +218,6 @@ def _show(
 
 
 PICTURES = ("contact_sheet.png", "loss_curve.png", "factor_usage.png")
-
-
-def _precision() -> dict[str, bool]:
-    """bfloat16 where the processor computes in it, as on a GPU; elsewhere it would be emulated, slowly."""
-    if torch.cuda.is_available():
-        return {"bf16": torch.cuda.is_bf16_supported()}
-    return {"use_cpu": True, "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
 
 
 def _announce(text: str) -> None:

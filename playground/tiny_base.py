@@ -7,6 +7,7 @@ knows what the pictures show, and has never been asked one of the tasks.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ def build(data_dir: Path, tower_dir: Path, tokenizer_dir: Path, output_dir: Path
                 "seed": seed,
             }
         )
+        _copy_tokenizer(tokenizer_dir, folder)
 
 
 def train(flags: dict[str, object], extra: list[str] | None = None) -> None:
@@ -97,4 +99,14 @@ def _write_language_model(tokenizer_dir: Path, output_dir: Path, seed: int) -> N
         pad_token_id=tokenizer.unk_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(output_dir)
-    tokenizer.save_pretrained(output_dir)
+    _copy_tokenizer(tokenizer_dir, output_dir)
+
+
+def _copy_tokenizer(tokenizer_dir: Path, output_dir: Path) -> None:
+    """Put the files themselves there: saved by transformers 5, a Llama tokenizer forgets that it is a `legacy` one,
+
+    by which LLaVA counts the tokens of a conversation with several turns.
+    """
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copy(Path(tokenizer_dir) / file, output_dir)
+    (output_dir / "tokenizer.json").unlink(missing_ok=True)
