@@ -6,7 +6,6 @@ knows what the pictures show, and has never been asked one of the tasks.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -80,8 +79,7 @@ def train(flags: dict[str, object], extra: list[str] | None = None) -> None:
     }
     arguments = [f"--{name}={value}" for name, value in {**common, **flags}.items()]
     command = [sys.executable, "-m", "llava_mixlora", "run", "-m", "llava.train.train", *arguments, *(extra or [])]
-    # Threads that wait must not spin: two busy programs on two cores would slow each other down many times over.
-    subprocess.run(command, check=True, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
+    subprocess.run(command, check=True)
 
 
 def _write_language_model(tokenizer_dir: Path, output_dir: Path, seed: int) -> None:

@@ -49,6 +49,8 @@ source "$root/scripts/setup.sh"
 cd "$root"
 
 if [[ -z "${MODEL:-}" ]]; then
+    # Waiting threads must not spin: on a few cores, one other busy program would slow them down many times over.
+    export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     exec python -m playground.embedded_default --routing "$routing" --factors "$factors" --rank "$rank" \
         ${OUTPUT_DIR:+--output "$OUTPUT_DIR"} ${CACHE_DIR:+--cache "$CACHE_DIR"} ${TRIAL:+--trial} -- "$@"
 fi
