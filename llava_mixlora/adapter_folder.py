@@ -11,8 +11,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .config import MixLoraConfig
 from .errors import MixLoraError
 from .registration import MIXLORA
+from .stored_weights import read_json
 
 NON_LORA_TRAINABLES = "non_lora_trainables.bin"
 """File in which LLaVA saves what was trained beside the adapter: the projector (`llava.train.train.train`)."""
@@ -25,6 +27,29 @@ def is_mixlora_adapter(folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("peft_type") == MIXLORA.value
+
+
+def read_config(folder: str | Path) -> MixLoraConfig:
+    """The configuration of the MIXLORA adapter in `folder`.
+
+    Raises:
+        MixLoraError: there is no such folder or it holds no MIXLORA adapter, the configuration is damaged, or a newer
+            version of this package saved it.
+    """
+    file = Path(folder) / CONFIG_NAME
+    if not Path(folder).is_dir():
+        raise MixLoraError(f"{folder}: no such folder; expected a MIXLORA adapter")
+    if not file.is_file():
+        raise MixLoraError(f"{folder} is no MIXLORA adapter: it has no {CONFIG_NAME}")
+    peft_type = read_json(file).get("peft_type")
+    if peft_type != MIXLORA.value:
+        raise MixLoraError(f"{folder} is no MIXLORA adapter: its {CONFIG_NAME} says peft_type={peft_type!r}")
+    try:
+        return MixLoraConfig.from_pretrained(str(folder))
+    except MixLoraError as error:
+        raise MixLoraError(f"{file}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise MixLoraError(f"{file} is damaged ({error}); copy it again") from error
 
 
 def base_model_of(folder: str | Path, model_base: str | None = None) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from . import __version__
 from .errors import MixLoraError
@@ -23,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
             return _run(launcher_flags, argv[1:])  # argparse would take the script's flags for ours
-        _parser().parse_args(argv)
+        arguments = _parser().parse_args(argv)
+        arguments.command(arguments)
         return 0
     except MixLoraError as error:
         print(f"llava-mixlora: error: {error}", file=sys.stderr)
@@ -42,7 +45,54 @@ def _parser() -> argparse.ArgumentParser:
         "deepspeed --module llava_mixlora run ..., torchrun -m llava_mixlora run ...",
         epilog="example: llava-mixlora run -m llava.serve.cli --model-path OUT --image-file IMG --device cpu",
     )
+    converting = _add_command(
+        commands,
+        _convert,
+        "turn a checkpoint of the authors' code into an adapter",
+        "Turn a checkpoint of the authors' released code (VT-NLP/MixLoRA) into a PEFT adapter for LLaVA. No pickled "
+        "code is executed.",
+        "llava-mixlora convert their/checkpoint --model-base lmsys/vicuna-7b-v1.3 --output llava-mixlora-converted",
+    )
+    converting.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with pytorch_model.bin and cmoa_args.bin")
+    converting.add_argument("--model-base", required=True, metavar="BASE", help="the LLM that training started from")
+    converting.add_argument("--output", required=True, metavar="OUT", help="new folder for the adapter")
+    converting.add_argument("--vision-tower", metavar="PATH", help="tower to name instead of the checkpoint's")
+    inspecting = _add_command(
+        commands,
+        _inspect,
+        "show what an adapter is and how its routers used the factors",
+        "Print an adapter's configuration, its parameters by kind, and per layer how its routers used the factors in "
+        "training: entropy of the choices (1: all alike), dead (share of factors never chosen) and balance (share of "
+        "the pool in effective use), for pools A and B.",
+        "llava-mixlora inspect output/llava-mixlora",
+    )
+    inspecting.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
+    plotting = _add_command(
+        commands,
+        _plot,
+        "draw how an adapter's routers used the factors",
+        "Draw which share of the choices each factor got in training, per layer and pool. Needs matplotlib.",
+        "llava-mixlora plot output/llava-mixlora --output usage.png",
+    )
+    plotting.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
+    plotting.add_argument("--output", metavar="FILE.png", help="picture to write (default: ADAPTER/usage.png)")
     return parser
+
+
+def _add_command(commands: Any, command: Callable[..., None], help: str, description: str, example: str) -> Any:
+    parser = commands.add_parser(
+        command.__name__.strip("_"), help=help, description=description, epilog=f"example: {example}"
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from .convert import convert  # importing torch takes seconds that --help need not wait for
+
+    convert(arguments.checkpoint, arguments.model_base, arguments.output, arguments.vision_tower)
+    print(f"Wrote the adapter to {arguments.output}. Talk to it, once its base has a tokenizer:")
+    print(f"  llava-mixlora run -m llava.serve.cli --model-path {arguments.output} --image-file IMAGE")
 
 
 def _run(launcher_flags: list[str], words: list[str]) -> int:
@@ -54,3 +104,17 @@ def _run(launcher_flags: list[str], words: list[str]) -> int:
 
     run(words[0], launcher_flags + words[1:], as_module)
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .inspect_adapter import describe
+
+    print("\n".join(describe(arguments.adapter)))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from .plot_usage import plot
+
+    output = arguments.output or os.path.join(arguments.adapter, "usage.png")
+    plot(arguments.adapter, output)
+    print(f"Wrote {output}")

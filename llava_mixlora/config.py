@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -17,6 +18,8 @@ ROUTER_SCOPES = ("prompt", "sequence")
 DECODE_ROUTINGS = ("prefill", "step")
 CFS_PRODUCTS = ("inner", "sums")
 BIASES = ("none", "all", "mixlora_only")
+FORMAT_VERSION = 1
+"""Raised when an adapter can no longer be read correctly by the versions of this package before it."""
 
 
 @dataclass
@@ -73,6 +76,13 @@ class MixLoraConfig(PeftConfig):
             "the product of the two vectors' sums, which is what the authors' code computes."
         },
     )
+    balance_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a term that is added to the loss in training and favours routers which use all factors "
+            "alike (Switch Transformers' load-balancing loss); 0 leaves it out."
+        },
+    )
     bias: Literal["none", "all", "mixlora_only"] = field(
         default="none", metadata={"help": "Biases to train: none, all, or those of the adapted layers."}
     )
@@ -105,10 +115,15 @@ class MixLoraConfig(PeftConfig):
         default=True,
         metadata={"help": "Start with pool B at zero (no effect). False draws pool B at random; meant for tests."},
     )
+    format_version: int = field(
+        default=FORMAT_VERSION,
+        metadata={"help": "Version of the saved adapter's format; an adapter of a later one than is known is refused."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MIXLORA
+        self._check_format()
         self._check_values()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
@@ -130,6 +145,13 @@ class MixLoraConfig(PeftConfig):
         }
         return cls(**{**released, **overrides})
 
+    def _check_format(self) -> None:
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise MixLoraError(
+                f"format_version={self.format_version!r}: saved by a newer llava-mixlora; llava-mixlora "
+                f"{version('llava-mixlora')}, installed here, reads formats up to {FORMAT_VERSION}; upgrade it"
+            )
+
     def _check_values(self) -> None:
         for name in ("num_factors", "r"):
             value = getattr(self, name)
@@ -144,6 +166,7 @@ class MixLoraConfig(PeftConfig):
                 )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise MixLoraError(f"lora_dropout={self.lora_dropout!r}: expected a number in [0, 1)")
+        self._check_balance()
         choices = {
             "routing": ROUTINGS,
             "router_gradient": ROUTER_GRADIENTS,
@@ -170,4 +193,15 @@ class MixLoraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise MixLoraError(
                 f"layers_pattern={self.layers_pattern!r} has no meaning without layers_to_transform; set both or none"
+            )
+
+    def _check_balance(self) -> None:
+        weight = self.balance_loss_weight
+        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise MixLoraError(f"balance_loss_weight={weight!r}: expected a number of at least 0")
+        if weight > 0 and (self.router_gradient == "none" or self.routing == "random"):
+            what = "router_gradient='none'" if self.router_gradient == "none" else "routing='random'"
+            raise MixLoraError(
+                f"balance_loss_weight={weight!r} trains the routers, but {what} leaves none to train; set it to 0 or "
+                "choose another"
             )

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .balance_loss import load_balance
 from .config import MixLoraConfig
 from .errors import MixLoraError
 from .mixture import Route, core, low_rank_update, pooled_input, route_at_random, route_by_input
-from .routing_scope import RoutingScope, current_scope
+from .routing_scope import RoutingScope, current_scope, is_recomputing
+from .routing_statistics import count_choices
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class LayerSettings:
     count_padding: bool
     decode_routing: str
     cfs_product: str
+    balance_loss_weight: float
     seed: int  # of the fixed routes that routing="random" takes in evaluation
 
     @classmethod
@@ -44,6 +48,7 @@ class LayerSettings:
             count_padding=config.count_padding,
             decode_routing=config.decode_routing,
             cfs_product=config.cfs_product,
+            balance_loss_weight=config.balance_loss_weight,
             seed=seed,
         )
 
@@ -54,6 +59,8 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
     The base layer is only ever called, so how it stores its weight (float, 4-bit, 8-bit, ...) does not matter.
     Parameters by adapter name: `mixlora_A` [E, d_in], `mixlora_B` [E, d_out], `mixlora_router_A` and
     `mixlora_router_B` [E, d_in] (not with `routing="random"`), `mixlora_cfs` [r, E, d_in] (only with `"ifs_cfs"`).
+    Buffer by adapter name: `mixlora_stats_usage` int64 [2, E], how many training instances chose each factor of pool A
+    and of pool B; every process counts its own.
 
     Inputs are [B, S, d_in]; further middle dimensions count as positions. An input [rows, d_in] is taken as rows
     instances of one position each, and [d_in] as one instance.
@@ -63,7 +70,15 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("mixlora_A", "mixlora_B", "mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
-    other_param_names = ("r", "num_factors", "scaling", "settings", "mixlora_dropout", "last_routes")
+    other_param_names = (
+        "r",
+        "num_factors",
+        "scaling",
+        "settings",
+        "mixlora_dropout",
+        "last_routes",
+        "mixlora_stats_usage",
+    )
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig, settings: LayerSettings):
         super().__init__()
@@ -75,6 +90,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         self.mixlora_router_B = nn.ParameterDict()
         self.mixlora_cfs = nn.ParameterDict()
         self.mixlora_dropout = nn.ModuleDict()
+        self.mixlora_stats_usage = BufferDict(persistent=True)
         self.settings: dict[str, LayerSettings] = {}
         self.r: dict[str, int] = {}
         self.num_factors: dict[str, int] = {}
@@ -98,6 +114,8 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         self.mixlora_B[adapter_name] = (
             nn.Parameter(torch.zeros(E, d_out)) if config.init_weights else _uniform(E, d_out)
         )
+        # Whole numbers, which no cast of the model to another float type touches.
+        self.mixlora_stats_usage[adapter_name] = torch.zeros(2, E, dtype=torch.int64)
         if settings.routing != "random":
             self.mixlora_router_A[adapter_name] = _uniform(E, d_in)
             self.mixlora_router_B[adapter_name] = _uniform(E, d_in)
@@ -140,9 +158,23 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
             self.last_routes[adapter] = route.detach()
             dtype = torch.promote_types(self.mixlora_A[adapter].dtype, x.dtype)
             result = core(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)
+            if self.training and scope is not None and scope.trains:
+                result = self._in_training(result, route, adapter, scope)
         if holds:
             scope.hold(self, adapter, result)
         return result
+
+    def _in_training(self, core: Tensor, route: Route, adapter: str, scope: RoutingScope) -> Tensor:
+        """Count the route, and let the balance term join the loss through the core; returns the core, unchanged."""
+        first_time = not is_recomputing()
+        if first_time:
+            count_choices(self.mixlora_stats_usage[adapter], route.index_A, route.index_B)
+        weight = self.settings[adapter].balance_loss_weight
+        if weight == 0 or len(core) == 0:
+            return core
+        pools = (route.score_A, route.index_A), (route.score_B, route.index_B)
+        term = weight / len(pools) * sum(load_balance(score, index) for score, index in pools)
+        return scope.balance.tie(core, term, note=first_time)
 
     def _route(self, x: Tensor, adapter: str, scope: RoutingScope | None) -> Route:
         settings = self.settings[adapter]

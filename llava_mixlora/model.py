@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
-from torch import nn
+from torch import Tensor, nn
 
 from . import routing_scope
 from .config import MixLoraConfig
@@ -41,6 +41,27 @@ class MixLoraModel(BaseTuner):
             for name, module in self.model.named_modules()
             if isinstance(module, MixLoraLayer) and adapter_name in module.last_routes
         }
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MixLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # LLaVA's train() hands in a state dict of parameters only; the statistics are buffers.
+        return {**_statistics(model, adapter_name), **selected}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MixLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # Adapters that were saved without statistics are complete; PEFT would warn of missing weights.
+        return {**_statistics(model, adapter_name), **remapped}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, as one generation: with `"prefill"` the prompt's routes hold throughout."""
@@ -79,3 +100,11 @@ class MixLoraModel(BaseTuner):
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             routing_scope.detach(model)
         return model
+
+
+def _statistics(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    return {
+        f"{name}.mixlora_stats_usage.{adapter_name}".lstrip("."): module.mixlora_stats_usage[adapter_name]
+        for name, module in model.named_modules()
+        if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_stats_usage
+    }

@@ -6,7 +6,7 @@ where the model is called, so that knowledge travels beside x as the thread's cu
 - a forward pre-hook on the adapted model opens the scope from `attention_mask` and `labels`, a post-hook closes it;
 - code that changes the sequence on the way in (LLaVA puts image features into it) calls [`refine`];
 - gradient checkpointing runs layers again during backward, possibly in another thread and after other forwards:
-  [`follow_checkpoints`] makes it run them under the scope of the forward that they belong to.
+  [`follow_checkpoints`] makes it run them under the scope of the forward that they belong to, known as a recomputation.
 
 Scopes live in a `threading.local` (a `ContextVar` would break the graph of `torch.compile`), so threads that use one
 model at the same time do not see each other's.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from .balance_loss import BalanceLoss
 from .errors import MixLoraError
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class RoutingScope:
         # Apart from `computed`, so that a checkpoint that runs the forward again computes what the forward computed.
         self.held: HeldCores = {} if held is None else held
         self.computed: HeldCores = {}
+        self.trains = False  # whether the forward pass is a step of training, to be counted and balanced
+        self.balance = BalanceLoss()
         self.model: nn.Module | None = None
         self.outer: RoutingScope | None = None
         self.set_positions(shape, attended, prompt)
@@ -116,6 +119,7 @@ class RoutingScope:
 class _ThreadState(threading.local):
     scope: RoutingScope | None = None  # of the innermost forward pass that is running
     held: HeldCores | None = None  # of the innermost generation that is running
+    recomputing = False  # whether a checkpoint runs a part of a forward pass again
 
 
 _state = _ThreadState()
@@ -127,14 +131,20 @@ def current_scope() -> RoutingScope | None:
     return _state.scope
 
 
+def is_recomputing() -> bool:
+    """Whether this thread is in a checkpoint that runs a part of a forward pass for the second time."""
+    return _state.recomputing
+
+
 @contextmanager
-def use_scope(scope: RoutingScope | None) -> Iterator[None]:
-    """Run the body as part of the forward pass that `scope` belongs to."""
-    outer, _state.scope = _state.scope, scope
+def use_scope(scope: RoutingScope | None, recomputing: bool = False) -> Iterator[None]:
+    """Run the body as part of the forward pass that `scope` belongs to; `recomputing` when it has run before."""
+    outer = _state.scope, _state.recomputing
+    _state.scope, _state.recomputing = scope, recomputing
     try:
         yield
     finally:
-        _state.scope = outer
+        _state.scope, _state.recomputing = outer
 
 
 @contextmanager
@@ -199,17 +209,20 @@ class ScopedCheckpoint:
         self.checkpoint = checkpoint
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        scope = _state.scope
+        scope, recomputing = _state.scope, _state.recomputing
 
         def run_in_scope(*inputs: Any, **options: Any) -> Any:
-            with use_scope(scope):
+            nonlocal recomputing
+            has_run_before, recomputing = recomputing, True
+            with use_scope(scope, has_run_before):
                 return function(*inputs, **options)
 
         return self.checkpoint(run_in_scope, *args, **kwargs)
 
 
 def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if model.training and torch.is_grad_enabled():
+    trains = model.training and torch.is_grad_enabled()
+    if trains:
         follow_checkpoints(model)
     inputs = _named_inputs(model, args, kwargs)
     sequence = inputs.get("inputs_embeds")
@@ -217,13 +230,15 @@ def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     scope = RoutingScope(held=_held_cores(inputs.get("past_key_values")))
     if isinstance(sequence, Tensor) and sequence.ndim >= 2:
         scope.set_positions(*_positions(sequence.shape[:2], inputs.get("attention_mask"), inputs.get("labels")))
+    if trains:
+        scope.trains, scope.balance = True, BalanceLoss(_share_of_loss(inputs))
     scope.model, scope.outer = model, _state.scope
     while scope.outer is not None and scope.outer.model is model:
         scope.outer = scope.outer.outer  # left behind by a KeyboardInterrupt, for which PyTorch calls no hook
     _state.scope = scope
 
 
-def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     scope = _state.scope
     if scope.computed and _state.held is not None:
         _state.held = {**_state.held, **scope.computed}
@@ -231,6 +246,18 @@ def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if isinstance(cache, Cache) and (scope.held or scope.computed):
         _held_by_cache[cache] = {**scope.held, **scope.computed}
     _state.scope = scope.outer
+    if scope.balance.terms and output is not None:  # None when the forward pass failed
+        return scope.balance.add_to(output)
+    return None
+
+
+def _share_of_loss(inputs: dict[str, Any]) -> Tensor | None:
+    # transformers' Trainer lets some models divide their loss by the supervised tokens of all accumulated batches.
+    total, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    if total is None or not isinstance(labels, Tensor):
+        return None
+    supervised = (labels[..., 1:] != IGNORE_INDEX).sum()
+    return supervised / (total.to(supervised.device) if isinstance(total, Tensor) else total)
 
 
 def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

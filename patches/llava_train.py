@@ -39,6 +39,9 @@ class MixLoraArguments:
     mixlora_decode_routing: Optional[str] = field(
         default=None, metadata={"help": "prefill (default) keeps the prompt's routes while generating, or step."}
     )
+    mixlora_balance_loss_weight: Optional[float] = field(
+        default=None, metadata={"help": "Weight of a loss term that favours using all factors alike. Default: 0."}
+    )
     mixlora_router_lr: Optional[float] = field(
         default=None, metadata={"help": "Learning rate of the routers. Default: --learning_rate."}
     )
@@ -67,6 +70,7 @@ class MixLoraArguments:
             "router_gradient": self.mixlora_router_gradient,
             "router_scope": self.mixlora_router_scope,
             "decode_routing": self.mixlora_decode_routing,
+            "balance_loss_weight": self.mixlora_balance_loss_weight,
         }
         factors = self.mixlora_num_factors
         return PRESETS[self.mixlora_preset](

@@ -1,10 +1,12 @@
-"""`llava.train.llava_trainer`: LLaVA's Trainer on today's transformers, and a learning rate for the routers."""
+"""`llava.train.llava_trainer`: LLaVA's Trainer on today's transformers, the routers' learning rate and their logs."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from typing import Any
+
+from llava_mixlora.routing_callback import add_routing_callback
 
 from .patch import Patch
 
@@ -17,6 +19,15 @@ def _rename_tokenizer(original: Callable[..., None]) -> Callable[..., None]:
         if "tokenizer" in kwargs:
             kwargs["processing_class"] = kwargs.pop("tokenizer")
         original(self, *args, **kwargs)
+
+    return __init__
+
+
+def _log_routing(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        add_routing_callback(self)
 
     return __init__
 
@@ -77,6 +88,11 @@ PATCHES = (
         why="train() passes the tokenizer as tokenizer=, which Trainer now calls processing_class=",
         replace=_rename_tokenizer,
         requires={"transformers": ">=5"},
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer.__init__",
+        why="a MixLoRA run logs how its routers use the factors, through a callback that has to come first",
+        replace=_log_routing,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._get_train_sampler",

@@ -140,16 +140,16 @@ def finetune(settings: dict[str, Any], flags: list[str], base: Path, data: Path,
 def trainable_parameters(adapter: Path) -> int:
     """How many numbers training could change: pools, routers that learn, and what was trained beside them."""
     from peft import PeftConfig
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     from llava_mixlora.adapter_folder import read_non_lora_trainables
 
     learns = PeftConfig.from_pretrained(str(adapter)).router_gradient != "none"
+    kinds = ["mixlora_A", "mixlora_B", *(["mixlora_router", "mixlora_cfs"] if learns else [])]
     total = sum(tensor.numel() for tensor in read_non_lora_trainables(adapter).values())
-    with safe_open(str(adapter / "adapter_model.safetensors"), framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            if learns or not any(kind in name for kind in ("mixlora_router", "mixlora_cfs")):
-                total += tensors.get_tensor(name).numel()
+    for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        if any(f".{kind}" in name for kind in kinds):
+            total += tensor.numel()
     return total
 
 

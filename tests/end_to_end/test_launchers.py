@@ -88,6 +88,8 @@ def test_two_processes_train_the_adapter_that_one_trains(alone, inputs, tmp_path
     expected, _ = alone
     assert together.keys() == expected.keys()
     for key, tensor in expected.items():
+        if "mixlora_stats" in key:
+            continue  # every process counts its own instances
         torch.testing.assert_close(together[key], tensor, atol=1e-5, rtol=1e-4, msg=key)
 
 

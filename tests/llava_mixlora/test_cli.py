@@ -84,6 +84,14 @@ def test_unknown_subcommand_is_a_usage_error(capsys, words):
     assert "usage: llava-mixlora" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["run", "convert", "inspect", "plot"])
+def test_every_subcommand_shows_an_example(capsys, command):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0
+    assert f"example: llava-mixlora {command}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["run", "-h"]])
 def test_help_is_shown(capsys, words):
     with pytest.raises(SystemExit) as stopped:

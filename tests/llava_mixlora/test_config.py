@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, PeftType
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraConfig, MixLoraError, __version__
 from llava_mixlora.config import BIASES, CFS_PRODUCTS, DECODE_ROUTINGS, ROUTER_GRADIENTS, ROUTER_SCOPES, ROUTINGS
 
 
@@ -79,6 +79,12 @@ def test_every_documented_value_is_accepted(E, routing, gradient, scope, decode,
         ({"router_gradient": "yes"}, "router_gradient='yes'"),
         ({"router_scope": "all"}, "router_scope='all'"),
         ({"decode_routing": "token"}, "decode_routing='token'"),
+        ({"balance_loss_weight": -0.1}, "balance_loss_weight=-0.1"),
+        ({"balance_loss_weight": "0.1"}, "balance_loss_weight='0.1'"),
+        ({"balance_loss_weight": float("nan")}, "balance_loss_weight=nan"),
+        ({"balance_loss_weight": 0.1, "router_gradient": "none"}, "router_gradient='none' leaves none to train"),
+        ({"balance_loss_weight": 0.1, "routing": "random"}, "routing='random' leaves none to train"),
+        ({"format_version": 2}, "format_version=2"),
         ({"cfs_product": "outer"}, "cfs_product='outer'"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"target_modules": "(q_proj"}, "target_modules='(q_proj'"),
@@ -92,6 +98,27 @@ def test_bad_value_is_named_in_one_line(options, named):
         MixLoraConfig(**options)
     assert named in str(error.value) and "\n" not in str(error.value)
     assert isinstance(error.value, ValueError)
+
+
+def test_adapter_of_a_newer_version_is_refused_with_both_versions(tmp_path):
+    MixLoraConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    newer = {**json.loads(file.read_text()), "format_version": 7, "routing": "not invented yet", "new_field": 1}
+    file.write_text(json.dumps(newer))
+    with pytest.raises(MixLoraError) as error:
+        PeftConfig.from_pretrained(str(tmp_path))
+    message = str(error.value)
+    assert "format_version=7" in message and f"llava-mixlora {__version__}" in message and "up to 1" in message
+    assert "\n" not in message
+
+
+def test_adapter_saved_before_formats_were_numbered_is_read(tmp_path):
+    MixLoraConfig().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    older = json.loads(file.read_text())
+    del older["format_version"], older["balance_loss_weight"]
+    file.write_text(json.dumps(older))
+    assert PeftConfig.from_pretrained(str(tmp_path)).balance_loss_weight == 0
 
 
 def test_every_field_carries_its_help():

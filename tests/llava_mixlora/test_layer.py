@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llava_mixlora import MixLoraConfig
-from llava_mixlora.routing_scope import IGNORE_INDEX, attach
+from llava_mixlora.routing_scope import IGNORE_INDEX, RoutingScope, attach, use_scope
 
 from ..tiny import layers, randomise
 
@@ -377,11 +377,18 @@ def test_layer_works_without_any_routing_scope():
     assert torch.equal(layer(x), model(x))
 
 
-def test_compiled_forward_has_no_graph_break():
-    model = adapt()
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("in_scope", [False, True])
+def test_compiled_forward_has_no_graph_break(in_scope, trains):
+    layer = only_layer(adapt()).train(trains)
     x = torch.randn(2, 3, D_IN)
-    compiled = torch.compile(only_layer(model), backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), only_layer(model)(x), **CLOSE)
+    scope = RoutingScope((2, 3), attended=torch.tensor([[True, True, False], [True] * 3])) if in_scope else None
+    if in_scope:
+        scope.trains = trains
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with use_scope(scope):
+        torch.testing.assert_close(compiled(x), layer(x), **CLOSE)
+    assert layer.mixlora_stats_usage["default"].sum() == (2 * 2 * 2 * 2 if in_scope and trains else 0)
 
 
 @contextlib.contextmanager

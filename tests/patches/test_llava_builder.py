@@ -146,6 +146,12 @@ def message_of(load, *args):
     return str(error.value)
 
 
+def test_adapter_of_a_newer_version_is_refused(load, damaged):
+    config = (damaged / "adapter_config.json").read_text()
+    (damaged / "adapter_config.json").write_text(config.replace('"format_version": 1', '"format_version": 2'))
+    assert "saved by a newer llava-mixlora" in message_of(load, damaged)
+
+
 def test_missing_base_is_named(load, damaged, base):
     config = (damaged / "adapter_config.json").read_text()
     (damaged / "adapter_config.json").write_text(config.replace(str(base), "/no/such/base"))

@@ -50,6 +50,12 @@ def test_flags_become_the_configuration(parse):
     assert arguments.mixlora_config(["q_proj"]).to_dict() == expected.to_dict()
 
 
+def test_balance_loss_weight_is_a_flag(parse):
+    assert parse("--mixlora_enable", "--mixlora_balance_loss_weight", "0.5").mixlora_config().balance_loss_weight == 0.5
+    with pytest.raises(MixLoraError, match="leaves none to train"):
+        parse("--mixlora_enable", "--mixlora_preset", "paper", "--mixlora_balance_loss_weight", "0.5")
+
+
 def test_flags_that_are_not_given_keep_the_defaults(parse):
     config, default = parse("--mixlora_enable", "--lora_r", "4").mixlora_config(), MixLoraConfig()
     for name in ("num_factors", "routing", "router_gradient", "router_scope", "count_padding", "decode_routing"):

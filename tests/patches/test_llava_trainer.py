@@ -126,3 +126,24 @@ def test_checkpoints_are_saved_and_resumed(trainer, tmp_path):
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
     resumed = trainer(save_strategy="steps", save_steps=1, max_steps=3)
     assert resumed.train(resume_from_checkpoint=True).global_step == 3
+
+
+def test_logs_tell_how_the_routers_use_the_factors(trainer):
+    built = trainer(logging_steps=1)
+    built.train()
+    first = built.state.log_history[0]
+    assert {"mixlora_router_entropy_A", "mixlora_dead_share_B", "mixlora_usage_balance_A"} < set(first)
+
+
+@pytest.mark.parametrize("gradient_accumulation_steps", [1, 2])
+def test_balance_loss_joins_upstreams_training(trainer, gradient_accumulation_steps):
+    def first_loss(weight):
+        torch.manual_seed(0)
+        options = {"max_steps": 1, "logging_steps": 1, "gradient_accumulation_steps": gradient_accumulation_steps}
+        built = trainer(mixlora={"balance_loss_weight": weight}, **options)
+        built.train()
+        built.model.unload()
+        return built.state.log_history[0]["loss"]
+
+    gained = first_loss(10.0) - first_loss(0.0)
+    assert 9 < gained < 20  # the term is near 1 for fresh routers, and not that times the accumulated batches
