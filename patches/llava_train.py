@@ -9,6 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from transformers import set_seed
+
 from llava_mixlora.config import MixLoraConfig
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.preflight import check_training_inputs
@@ -56,6 +58,8 @@ class MixLoraArguments:
         super().__post_init__()
         if (running := _running_train.get()) is not None:
             running.arguments = self
+            # Trainer seeds too, but after train() has drawn the adapter and the projector: too late to repeat a run.
+            set_seed(self.seed)
 
     def mixlora_config(self, target_modules: list[str] | None = None) -> MixLoraConfig:
         """The configuration that the flags describe.
