@@ -93,7 +93,8 @@ def test_both_loaders_give_identical_logits(finished, loaded):
     out = finished[0] / "llava-v1-out"
     tokenizer, model, _, _ = loaded
     config = AutoConfig.from_pretrained(out)
-    base = LlavaLlamaForCausalLM.from_pretrained(finished[0] / "cache" / "llava-v1-tiny", config=config).half()
+    folder = finished[0] / "cache" / "llava-v1-tiny"
+    base = LlavaLlamaForCausalLM.from_pretrained(folder, config=config, dtype=torch.float16)
     base.get_vision_tower().load_model()
     base.load_state_dict(read_non_lora_trainables(out), strict=False)
     other = PeftModel.from_pretrained(base, out).eval()
