@@ -74,18 +74,18 @@ def draw_contact_sheet(path: Path, questions: list[dict[str, Any]], texts: list[
     shown = _drawn_of_each_task(questions, 2)
     columns = 6
     rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 3.0 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 3.3 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, number in zip(axes.flat, shown):
         question, text = questions[number], texts[number]
         right = text == question["truth"]
-        verdict = text if right else f"{text or '(nothing)'}\ntruth: {question['truth']}"
+        verdict = text if right else f"{text or '(nothing)'} (truth: {question['truth']})"
         axis.imshow(Image.open(Path(image_folder) / question["image"]))
         axis.set_title(f"{question['task']}: {_wrapped(question['question'])}", fontsize=7)
         axis.text(
             *(0.5, -0.05),
-            "\n".join(_wrapped(line) for line in verdict.split("\n")),
+            _wrapped(verdict),
             transform=axis.transAxes,
             fontsize=8,
             color=RIGHT if right else WRONG,
@@ -93,7 +93,7 @@ def draw_contact_sheet(path: Path, questions: list[dict[str, Any]], texts: list[
             va="top",
         )
     figure.suptitle("Held-out pictures: question, the model's answer (green: right, red: wrong), truth")
-    _save(figure, path)
+    _save(figure, path, h_pad=3.0)
 
 
 def draw_loss_curve(path: Path, trainer_state: Path) -> None:
@@ -162,7 +162,7 @@ def _wrapped(text: str, width: int = 26) -> str:
     return "\n".join(lines)
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
+def _save(figure: plt.Figure, path: Path, **padding: float) -> None:
+    figure.tight_layout(rect=(0, 0, 1, 0.98), **padding)
     figure.savefig(path, dpi=110)
     plt.close(figure)
