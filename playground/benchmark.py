@@ -104,7 +104,7 @@ def decode(rounds: int) -> Results:
             def step(model: nn.Module = model, cache: Any = cache) -> None:
                 with torch.inference_mode():
                     model(input_ids=token, past_key_values=cache, use_cache=True)
-                cache.crop(prompt.shape[1])  # so that every round decodes the same position
+                cache.crop(-1)  # the token is forgotten, so that every round decodes the same position
 
             steps[name] = step
         milliseconds = _take_turns(steps, 4 * rounds, f"decode, E={E}")
