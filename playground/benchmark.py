@@ -219,8 +219,7 @@ def _playground_model(adapter: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     data.image_processor, data.is_multimodal, data.mm_use_im_start_end = image_processor, True, False
     module = make_supervised_data_module(tokenizer, data)
     batch = module["data_collator"]([module["train_dataset"][number] for number in range(48)])
-    if isinstance(adapter, MixLoraConfig | LoraConfig):
-        adapter.exclude_modules = r".*(mm_projector|vision_tower).*"
+    adapter.exclude_modules = r".*(mm_projector|vision_tower).*"
     model = get_peft_model(model.float(), adapter).train()
     for parameter in model.get_model().mm_projector.parameters():
         parameter.requires_grad = True  # upstream's LoRA runs train the projector too
