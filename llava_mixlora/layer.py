@@ -131,22 +131,25 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         """The base layer's output plus the update of every active adapter, in the base output's dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        for adapter in self.active_adapters:
-            if adapter in self.mixlora_A:
-                result = result + self._update(x, adapter).to(result.dtype)
+            return self.base_layer(x, *args, **kwargs)
+        # Autograd runs what was called last first. Routing comes before the base layer, so that gradients of routers
+        # and W_AB, which stay, are made when the large ones on the way to x are gone: it decides the peak of memory.
+        active = [adapter for adapter in self.active_adapters if adapter in self.mixlora_A]
+        routed = [self._routed(x, adapter) for adapter in active]
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter, (sequence, cores) in zip(active, routed):
+            dropped = self.mixlora_dropout[adapter](sequence)
+            update = low_rank_update(dropped, self.mixlora_A[adapter], self.mixlora_B[adapter], cores)
+            result = result + update.view(result.shape).to(result.dtype)
         return result
 
-    def _update(self, x: Tensor, adapter: str) -> Tensor:
-        factors_A = self.mixlora_A[adapter]
+    def _routed(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
+        """x as instances [B, S, d_in] in the dtype that the adapter computes in, and their cores [B, E, E]."""
         if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(factors_A.dtype)
+            x = x.to(self.mixlora_A[adapter].dtype)
         sequence = _as_instances(x)
-        core = self._core(sequence, adapter)
-        update = low_rank_update(self.mixlora_dropout[adapter](sequence), factors_A, self.mixlora_B[adapter], core)
-        return update.view(*x.shape[:-1], self.out_features)
+        return sequence, self._core(sequence, adapter)
 
     def _core(self, x: Tensor, adapter: str) -> Tensor:
         settings, scope = self.settings[adapter], current_scope()

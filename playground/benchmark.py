@@ -17,6 +17,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,7 @@ def layer(rounds: int) -> Results:
         for E, r in POOLS:
             variants = _layer_variants(d_in, d_out, E, r)
 
-            def step(module: nn.Module, x: Tensor = x) -> None:
-                x.grad = None
-                module.zero_grad(set_to_none=True)
-                module(x).sum().backward()
-
-            steps = {name: lambda module=module, step=step: step(module) for name, module in variants.items()}
+            steps = {name: partial(_step, module, x) for name, module in variants.items()}
             milliseconds = _take_turns(steps, rounds, f"{d_in}x{d_out}, E={E}")
             for name, module in variants.items():
                 results.append(
@@ -79,7 +75,7 @@ def layer(rounds: int) -> Results:
                         "variant": name,
                         "milliseconds": milliseconds[name],
                         "saved_bytes": _saved_bytes(module, x),
-                        "peak_bytes": _peak_bytes(steps[name]),
+                        "peak_bytes": _peak_bytes(module, x),
                     }
                 )
     return _with_ratios(results, ("milliseconds", "saved_bytes", "peak_bytes"))
@@ -257,10 +253,24 @@ def _saved_bytes(module: nn.Module, x: Tensor) -> int:
     return total
 
 
-def _peak_bytes(step: Callable[[], None]) -> int:
-    """The highest sum of allocations minus frees during a step, by the allocator's own events."""
+def _step(module: nn.Module, x: Tensor) -> None:
+    _forget_gradients(module, x)
+    module(x).sum().backward()
+
+
+def _forget_gradients(module: nn.Module, x: Tensor) -> None:
+    x.grad = None
+    module.zero_grad(set_to_none=True)
+
+
+def _peak_bytes(module: nn.Module, x: Tensor) -> int:
+    """The highest sum of allocations minus frees during a step, by the allocator's own events.
+
+    It holds the activations, what the backward pass needs for a moment, and the gradients of x and of all parameters.
+    """
+    _forget_gradients(module, x)  # before, or freeing the last step's would count against this one
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        module(x).sum().backward()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
