@@ -40,8 +40,9 @@ def check_training_inputs(argv: Sequence[str]) -> None:
     if not flags.data_path:
         raise MixLoraError("--data_path is missing; expected a JSON file of conversations (LLaVA's docs: 'Data')")
     check_images(read_conversations(flags.data_path), flags.data_path, flags.image_folder)
-    if flags.output_dir:
-        check_writable(flags.output_dir)
+    if not flags.output_dir:
+        raise MixLoraError("--output_dir is missing; expected the folder that the adapter and its checkpoints go to")
+    check_writable(flags.output_dir)
 
 
 def check_model_path(flag: str, value: str | None) -> None:

@@ -9,6 +9,7 @@ from . import (
     llava_llama,
     llava_train,
     llava_trainer,
+    llava_trainer_checkpoints,
     transformers_trainer,
 )
 from .patch import Patch, PatchError
@@ -20,6 +21,7 @@ PATCHES: tuple[Patch, ...] = (
     *llava_arch.PATCHES,
     *llava_builder.PATCHES,
     *llava_trainer.PATCHES,
+    *llava_trainer_checkpoints.PATCHES,
     *llava_train.PATCHES,
 )
 

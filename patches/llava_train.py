@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from transformers import set_seed
 
+from llava_mixlora.checkpoint import check_same_adapter
 from llava_mixlora.config import MixLoraConfig
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.preflight import check_training_inputs
@@ -58,6 +59,8 @@ class MixLoraArguments:
         super().__post_init__()
         if (running := _running_train.get()) is not None:
             running.arguments = self
+            if self.mixlora_enable:
+                check_same_adapter(self.output_dir, self.mixlora_config())
             # Trainer seeds too, but after train() has drawn the adapter and the projector: too late to repeat a run.
             set_seed(self.seed)
 

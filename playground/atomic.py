@@ -1,4 +1,4 @@
-"""Output folders that are either complete or absent."""
+"""Output folders and files that are either complete or absent."""
 
 import json
 import os
@@ -44,4 +44,6 @@ def atomic_directory(target: Path, marker: str) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, the form of LLaVA's own data files."""
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f".{path.name}")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

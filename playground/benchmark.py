@@ -1,6 +1,7 @@
 """What MixLoRA costs beside LoRA: every variant in one process, taking turns, medians.
 
     python -m playground.benchmark layer|decode|train|all [--rounds 15] [--output playground/results/benchmark_cpu.json]
+    python -m playground.benchmark show     # the stored figures as the Markdown table of the README
 
 `layer`: one linear layer, forward and backward, with the bytes that autograd keeps and the peak of allocated memory.
 `decode`: one token through a Llama with a key-value cache. `train`: one whole training step of the playground's LLaVA
@@ -41,11 +42,14 @@ Results = list[dict[str, Any]]
 def main() -> None:
     """Command line: run, print a table, and merge the figures into the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=[*BENCHMARKS, "all"], help="which benchmark")
+    parser.add_argument("what", choices=[*BENCHMARKS, "all", "show"], help="which benchmark; show: the stored figures")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds after three to warm up (default: 15)")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "benchmark_cpu.json", help="JSON to update")
     arguments = parser.parse_args()
     stored = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
+    if arguments.what == "show":
+        print(markdown(stored))
+        return
     for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
         stored[name] = {
             "machine": _machine(),
@@ -169,6 +173,28 @@ def table(results: Results) -> str:
             f"{row['case']:<52} {row['variant']:<18} {row['milliseconds']:>9.2f} "
             f"{row['milliseconds_ratio']:>11.2f}x {ratios[0]:>7} {ratios[1]:>7}"
         )
+    return "\n".join(lines)
+
+
+def markdown(stored: dict[str, Any]) -> str:
+    """The contents of the JSON file as a Markdown table: a line per case, times and bytes in units of LoRA r=E's."""
+    variants = ["frozen base", "LoRA r", "MixLoRA ifs", "MixLoRA ifs_cfs", "materialised"]
+    lines = [
+        f"| case | {REFERENCE} | {' | '.join(variants)} | ifs_cfs: saved | ifs_cfs: peak |",
+        "| --- |" + " --- |" * (len(variants) + 3),
+    ]
+    for benchmark in stored.values():
+        by_case: dict[str, dict[str, Any]] = {}
+        for row in benchmark["results"]:
+            by_case.setdefault(row["case"], {})[row["variant"]] = row
+        for case, rows in by_case.items():
+            cells = [f"{rows[REFERENCE]['milliseconds']:.1f} ms"]
+            cells += [f"{rows[name]['milliseconds_ratio']:.2f}" if name in rows else "" for name in variants]
+            bytes_of = rows["MixLoRA ifs_cfs"]
+            cells += [
+                f"{bytes_of[key]:.2f}" if key in bytes_of else "" for key in ("saved_bytes_ratio", "peak_bytes_ratio")
+            ]
+            lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

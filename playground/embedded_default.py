@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,12 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from playground.atomic import write_json
+
 HERE = Path(__file__).parent
 IMAGES, HELDOUT, TRAIN = "images", "heldout.json", "train.json"
 RESULTS = "results.json"
-TRAINED_WITH = "playground_run.json"  # in the output folder: the settings of a training that came to its end
+TRAINED_WITH = "playground_run.json"  # in the output folder: the training's settings, and whether it is finished
 TRIAL_STEPS, TRIAL_QUESTIONS = 4, 3
 FINETUNING = {"learning_rate": 2e-3, "per_device_train_batch_size": 48, "max_steps": 400}
+CHECKPOINTS = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
 
 
 def main() -> int:
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
     report.draw_contact_sheet(output / "contact_sheet.png", questions, after.texts, data / IMAGES)
     report.draw_loss_curve(output / "loss_curve.png", output / "trainer_state.json")
     report.draw_factor_usage(output / "factor_usage.png", after)
-    report.write_results(output / RESULTS, contents)
+    write_json(output / RESULTS, contents)
     _show(contents, report.samples(questions, after.texts), report.table(contents), output, data)
 
 
@@ -108,20 +110,23 @@ def prepare_base(arguments: argparse.Namespace) -> Path:
 
 
 def finetune(settings: dict[str, Any], flags: list[str], base: Path, data: Path, output: Path) -> None:
-    """Train the adapter through upstream's `train()`, unless an interrupted run of the same settings got past this."""
+    """Train the adapter through upstream's `train()`, or go on where an interrupted run of the same settings was."""
     from playground.tiny_base import train
 
     trained_with = {**settings, "flags": flags, "base": (base / MADE_FROM).read_text()}
     record = output / TRAINED_WITH
-    interrupted_later = record.is_file() and json.loads(record.read_text()) == trained_with
-    if interrupted_later and not (output / RESULTS).exists():
+    started = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    interrupted = started.get("settings") == trained_with and not (output / RESULTS).exists()
+    if interrupted and started["finished"]:
         _announce("Fine-tuning: done by the interrupted run")
         return
     _announce(f"Fine-tuning with MixLoRA: {settings['max_steps']} steps")
-    for leftover in (record, output / RESULTS):
-        leftover.unlink(missing_ok=True)
-    for checkpoint in output.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # of another run; upstream would resume from it
+    if not interrupted:
+        for leftover in (record, output / RESULTS):
+            leftover.unlink(missing_ok=True)
+        for checkpoint in output.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)  # of another run; upstream would go on from it
+        write_json(record, {"settings": trained_with, "finished": False})
     train(
         {
             "mixlora_enable": True,
@@ -130,11 +135,12 @@ def finetune(settings: dict[str, Any], flags: list[str], base: Path, data: Path,
             "image_folder": data / IMAGES,
             "vision_tower": (data.parent / "tower").absolute(),
             "output_dir": output,
+            **CHECKPOINTS,
             **settings,
         },
         flags,
     )
-    record.write_text(json.dumps(trained_with, indent=2) + "\n", encoding="utf-8")
+    write_json(record, {"settings": trained_with, "finished": True})
 
 
 def trainable_parameters(adapter: Path) -> int:
@@ -179,9 +185,7 @@ def _answers_of_base(base: Path, questions: list[dict[str, Any]], cache: Path) -
     if stored.is_file() and (content := json.loads(stored.read_text(encoding="utf-8")))["key"] == key:
         return content["texts"]
     texts = _answers_of(base, questions, cache / "data").texts
-    unfinished = stored.with_suffix(".tmp")
-    unfinished.write_text(json.dumps({"key": key, "texts": texts}, indent=1), encoding="utf-8")
-    os.replace(unfinished, stored)
+    write_json(stored, {"key": key, "texts": texts})
     return texts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,6 @@ def results(
         "seconds": round(seconds, 1),
         "trainable_parameters": trainable_parameters,
     }
-
-
-def write_results(path: Path, contents: dict[str, Any]) -> None:
-    """Write `results.json` in one step: it exists only when the run is complete."""
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def table(contents: dict[str, Any]) -> str:

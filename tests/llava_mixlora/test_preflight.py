@@ -80,6 +80,11 @@ def test_hub_names_pass(run, flag, name):
     check(run, **{flag: name})
 
 
+def test_missing_output_folder_flag_is_named(run):
+    del run["output_dir"]
+    assert "--output_dir is missing" in message_of(check, run)
+
+
 def test_missing_data_path_flag_is_named(run):
     assert "--data_path is missing" in message_of(check, run, data_path=None)
 

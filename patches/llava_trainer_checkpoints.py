@@ -1,0 +1,220 @@
+"""`llava.train.llava_trainer`: checkpoints of adapter runs that are whole, and going on from them exactly.
+
+They hold for upstream's plain LoRA as for MixLoRA; runs without an adapter keep upstream's ways.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from llava_mixlora import checkpoint
+from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
+from llava_mixlora.errors import MixLoraError
+from llava_mixlora.termination import SaveOnTermination
+
+from .patch import Patch
+
+
+class RepeatableOrder(Sampler):
+    """Another sampler's order, drawn anew in each epoch from `seed` and the epoch's number alone.
+
+    Left to itself, LLaVA's `LengthGroupedSampler` draws from the global generator, which a run that goes on from a
+    checkpoint finds in another state than the run that wrote it.
+
+    Args:
+        sampler: draws its order from the CPU's global generator.
+        seed: the run's.
+        epoch: tells the number of the epoch that is about to begin.
+    """
+
+    def __init__(self, sampler: Sampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed + self.epoch())
+            order = list(self.sampler)
+        return iter(order)
+
+
+def _repeat_order(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _get_train_sampler(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sampler = original(self, *args, **kwargs)
+        if sampler is None or not isinstance(self.model, PeftModel):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return RepeatableOrder(sampler, seed, lambda: int(self.state.epoch or 0))
+
+    return _get_train_sampler
+
+
+def _save_on_termination(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            self.add_callback(SaveOnTermination)
+
+    return __init__
+
+
+def _save_what_train_saves(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not isinstance(self.model, PeftModel) or getattr(self.args, "tune_mm_mlp_adapter", False):
+            return original(self, output_dir, _internal_call)
+        from llava.train import train as upstream
+
+        folder = Path(output_dir or self.args.output_dir)
+        # Every process takes part: under ZeRO-3 the parameters are gathered.
+        adapter = upstream.get_peft_state_maybe_zero_3(self.model.named_parameters(), self.args.lora_bias)
+        beside = upstream.get_peft_state_non_lora_maybe_zero_3(self.model.named_parameters())
+        if self.args.should_save:
+            self._save(str(folder), state_dict=adapter)
+            config = copy.deepcopy(self.model.config)
+            config.use_cache = True  # turned off for training alone
+            config.save_pretrained(folder)
+            torch.save(beside, folder / NON_LORA_TRAINABLES)
+
+    return save_model
+
+
+def _save_aside_then_rename(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _save_checkpoint(self: Any, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(self.model, PeftModel) or getattr(self.args, "tune_mm_mlp_adapter", False):
+            return original(self, model, trial, *args, **kwargs)
+        output_dir = self._get_output_dir(trial=trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with checkpoint.saving(Path(output_dir) / name):
+            with _output_dir(self, checkpoint.unfinished(output_dir)):
+                original(self, model, trial, *args, **kwargs)
+            # The first of all, then those of other machines, unless they share its disk.
+            for turn in (self.is_world_process_zero(), self.is_local_process_zero()):
+                self.accelerator.wait_for_everyone()
+                if turn and (checkpoint.unfinished(output_dir) / name).is_dir():
+                    checkpoint.publish(output_dir, name)
+        if self.args.should_save:
+            checkpoint.remove_oldest(output_dir, self.args.save_total_limit)
+
+    return _save_checkpoint
+
+
+@contextmanager
+def _output_dir(trainer: Any, folder: Path) -> Iterator[None]:
+    trainer._get_output_dir = lambda trial=None: str(folder)  # hides the class's method
+    try:
+        yield
+    finally:
+        del trainer._get_output_dir
+
+
+def _go_on_from_newest_whole(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.model, PeftModel):
+            if self.is_local_process_zero():
+                checkpoint.discard_unfinished(self.args.output_dir)
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = _newest_whole(self)
+        return original(self, resume_from_checkpoint, *args, **kwargs)
+
+    return train
+
+
+def _newest_whole(trainer: Any) -> str:
+    found, problem = [None], None
+    if trainer.is_world_process_zero():
+        try:
+            found = [str(checkpoint.newest_whole(trainer.args.output_dir))]
+            print(f"going on from {found[0]}", flush=True)
+        except MixLoraError as error:
+            problem = error
+    broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    if found[0] is None:
+        raise SystemExit(1)  # the first process says why
+    return found[0]
+
+
+def _load_projector_too(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        original(self, resume_from_checkpoint, model)
+        if isinstance(self.model, PeftModel):
+            beside = read_non_lora_trainables(resume_from_checkpoint)
+            unknown = self.model.get_base_model().load_state_dict(beside, strict=False).unexpected_keys
+            if unknown:
+                raise MixLoraError(
+                    f"{Path(resume_from_checkpoint) / NON_LORA_TRAINABLES} holds {unknown[0]!r}, which this model does "
+                    "not have; go on with the flags of the run that wrote it, or choose another --output_dir"
+                )
+
+    return _load_from_checkpoint
+
+
+def _stop_where_it_stopped(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _run_epoch(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        original(self, *args, **kwargs)
+
+    return _run_epoch
+
+
+PATCHES = (
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer.__init__",
+        why="a run that is told to end (SIGTERM) should save first",
+        replace=_save_on_termination,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer._get_train_sampler",
+        why="a run that goes on from a checkpoint should see the data in the order of the run that wrote it",
+        replace=_repeat_order,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer.save_model",
+        why="checkpoint-N should hold what the final output holds: adapter, config.json and projector",
+        replace=_save_what_train_saves,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer._save_checkpoint",
+        why="a crash while a checkpoint is written should leave none rather than a half one",
+        replace=_save_aside_then_rename,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer.train",
+        why="train() goes on from the newest checkpoint, even when that one is damaged",
+        replace=_go_on_from_newest_whole,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer._load_from_checkpoint",
+        why="Trainer loads the adapter alone, so a run that goes on would forget the projector",
+        replace=_load_projector_too,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer._run_epoch",
+        why="Trainer makes one step too many when it goes on from the checkpoint of the last step",
+        replace=_stop_where_it_stopped,
+        requires={"transformers": ">=5"},
+    ),
+)
