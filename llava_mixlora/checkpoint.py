@@ -26,6 +26,7 @@ UNFINISHED = ".unfinished"
 CHECKSUMS = "checksums.sha256"
 TRAINER_STATE = "trainer_state.json"
 CHUNK = 1 << 22  # bytes read at once for a checksum
+NEARLY_NOTHING = 1 << 20  # bytes: with less than that left, the disk counts as full
 MUST_MATCH = ("num_factors", "r", "routing", "rank_pattern", "modules_to_save")
 """Fields of [`MixLoraConfig`] that decide which tensors an adapter has, and their shapes."""
 
@@ -57,10 +58,11 @@ def saving(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        is_full = shutil.disk_usage(checkpoint.parent).free < NEARLY_NOTHING
         discard_unfinished(checkpoint.parent)
         if not _is_failed_write(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = "the disk is full" if is_full else str(error).splitlines()[0]
         raise MixLoraError(
             f"{checkpoint} could not be written ({reason}); earlier checkpoints are as they were: make room, then the "
             "same command goes on from the newest of them"
@@ -184,5 +186,6 @@ def _flush(path: Path) -> None:
 
 
 def _is_failed_write(error: Exception) -> bool:
-    # torch and safetensors report a full disk with exceptions of their own.
-    return isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error)
+    # A write that fails inside of torch is a RuntimeError, whose message is all that tells it from others.
+    in_torch = any(part in str(error) for part in ("PytorchStreamWriter", "iostream error", "inline_container"))
+    return isinstance(error, (OSError, SafetensorError)) or in_torch
