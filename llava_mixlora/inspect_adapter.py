@@ -26,7 +26,8 @@ KINDS = {
 }
 FURTHER = "further modules"  # modules_to_save, biases
 BESIDE = "beside the adapter"  # non_lora_trainables.bin
-USAGE = ".mixlora_stats_usage"
+STATISTICS = ".mixlora_stats"
+USAGE = f"{STATISTICS}_usage"
 SHOWN = ("routing", "num_factors", "r", "lora_alpha", "lora_dropout", "router_gradient", "router_scope")
 SHOWN_TOO = ("count_padding", "decode_routing", "cfs_product", "balance_loss_weight", "bias", "format_version")
 
@@ -62,7 +63,7 @@ def read_contents(folder: str | Path) -> AdapterContents:
                 usage = tensors.get_tensor(name)
                 if usage.any():
                     contents.usage[layer.removeprefix("base_model.model.")] = usage
-            else:
+            elif STATISTICS not in name:
                 kinds[KINDS.get(parameter, FURTHER)] += math.prod(tensors.get_slice(name).get_shape())
             contents.layers += parameter == "mixlora_A"
     kinds[BESIDE] = sum(tensor.numel() for tensor in read_non_lora_trainables(folder).values())

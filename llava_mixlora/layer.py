@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -14,9 +16,13 @@ from torch import Tensor, nn
 from .balance_loss import load_balance
 from .config import MixLoraConfig
 from .errors import MixLoraError
-from .mixture import Route, core, low_rank_update, pooled_input, route_at_random, route_by_input
+from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
 from .routing_scope import RoutingScope, current_scope, is_recomputing
 from .routing_statistics import count_choices
+from .static_core import Moments, instance_moments
+
+Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None], None]
+"""Sees a layer's forward pass: layer, adapter, x [B, S, d_in], z = x Aᵀ [B, S, E], cores [B, E, E], attended [B, S]."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
     Parameters by adapter name: `mixlora_A` [E, d_in], `mixlora_B` [E, d_out], `mixlora_router_A` and
     `mixlora_router_B` [E, d_in] (not with `routing="random"`), `mixlora_cfs` [r, E, d_in] (only with `"ifs_cfs"`).
     Buffer by adapter name: `mixlora_stats_usage` int64 [2, E], how many training instances chose each factor of pool A
-    and of pool B; every process counts its own.
+    and of pool B; every process counts its own. `mixlora_stats_moments` [4, E, E], what a static stand-in for the
+    update is made from, summed over what was seen in training: see [`moments`](MixLoraLayer.moments).
 
     Inputs are [B, S, d_in]; further middle dimensions count as positions. An input [rows, d_in] is taken as rows
     instances of one position each, and [d_in] as one instance.
@@ -78,6 +85,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         "mixlora_dropout",
         "last_routes",
         "mixlora_stats_usage",
+        "mixlora_stats_moments",
     )
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig, settings: LayerSettings):
@@ -91,11 +99,13 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         self.mixlora_cfs = nn.ParameterDict()
         self.mixlora_dropout = nn.ModuleDict()
         self.mixlora_stats_usage = BufferDict(persistent=True)
+        self.mixlora_stats_moments = BufferDict(persistent=True)
         self.settings: dict[str, LayerSettings] = {}
         self.r: dict[str, int] = {}
         self.num_factors: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.last_routes: dict[str, Route] = {}
+        self.observer: Observer | None = None
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -116,6 +126,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         )
         # Whole numbers, which no cast of the model to another float type touches.
         self.mixlora_stats_usage[adapter_name] = torch.zeros(2, E, dtype=torch.int64)
+        self.mixlora_stats_moments[adapter_name] = torch.zeros(4, E, E, dtype=torch.int64)
         if settings.routing != "random":
             self.mixlora_router_A[adapter_name] = _uniform(E, d_in)
             self.mixlora_router_B[adapter_name] = _uniform(E, d_in)
@@ -139,10 +150,35 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         routed = [self._routed(x, adapter) for adapter in active]
         result = self.base_layer(x, *args, **kwargs)
         for adapter, (sequence, cores) in zip(active, routed):
-            dropped = self.mixlora_dropout[adapter](sequence)
-            update = low_rank_update(dropped, self.mixlora_A[adapter], self.mixlora_B[adapter], cores)
+            z = F.linear(self.mixlora_dropout[adapter](sequence), self.mixlora_A[adapter])
+            update = update_of(z, self.mixlora_B[adapter], cores)
             result = result + update.view(result.shape).to(result.dtype)
+            self._observe(sequence, z, cores, adapter)
         return result
+
+    def moments(self, adapter: str) -> Moments:
+        """What training has summed for [`static_core`], in float64; views, in which it goes on adding.
+
+        The buffer holds the bits of float64 numbers as whole numbers, which no cast of the model to another float type
+        touches. Padding is left out, dropout too; a checkpoint's second forward pass does not count again.
+        """
+        return Moments(*self.mixlora_stats_moments[adapter].view(torch.float64))
+
+    def _observe(self, x: Tensor, z: Tensor, cores: Tensor, adapter: str) -> None:
+        """Add a training step's forward pass to the moments, and show any forward pass to the observer."""
+        scope = current_scope()
+        trains = self.training and scope is not None and scope.trains and not is_recomputing()
+        if not trains and self.observer is None:
+            return
+        attended = scope.attended if scope is not None and scope.covers(x) else None
+        with torch.no_grad():
+            if self.training and not isinstance(self.mixlora_dropout[adapter], nn.Identity):
+                z = F.linear(x, self.mixlora_A[adapter])
+            with torch.autocast(x.device.type, enabled=False):
+                if trains:
+                    self.mixlora_stats_moments[adapter].view(torch.float64).add_(instance_moments(z, cores, attended))
+                if self.observer is not None:
+                    self.observer(self, adapter, x, z, cores, attended)
 
     def _routed(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
         """x as instances [B, S, d_in] in the dtype that the adapter computes in, and their cores [B, E, E]."""

@@ -121,8 +121,12 @@ def core(route: Route, num_factors: int, scaling: float, straight_through: bool,
 
 def low_rank_update(x: Tensor, factors_A: Tensor, factors_B: Tensor, core: Tensor) -> Tensor:
     """Δy = ((x Aᵀ) C) B. `x` [B, S, d_in], `factors_A` [E, d_in], `factors_B` [E, d_out], `core` [B, E, E]."""
-    coefficients = torch.bmm(F.linear(x, factors_A), core)  # [B, S, E]
-    return torch.matmul(coefficients, factors_B)
+    return update_of(F.linear(x, factors_A), factors_B, core)
+
+
+def update_of(z: Tensor, factors_B: Tensor, core: Tensor) -> Tensor:
+    """Δy = (z C) B from z = x Aᵀ [B, S, E]; the other shapes are those of [`low_rank_update`]."""
+    return torch.matmul(torch.bmm(z, core), factors_B)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

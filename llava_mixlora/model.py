@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -15,6 +16,7 @@ from .config import MixLoraConfig
 from .layer import LayerSettings, MixLoraLayer
 from .mixture import Route
 
+USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
 LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -53,7 +55,7 @@ class MixLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # LLaVA's train() hands in a state dict of parameters only; the statistics are buffers.
-        return {**_statistics(model, adapter_name), **selected}
+        return {**selected, **_statistics(model, adapter_name)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -61,7 +63,8 @@ class MixLoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # Adapters that were saved without statistics are complete; PEFT would warn of missing weights.
-        return {**_statistics(model, adapter_name), **remapped}
+        complete = {**_statistics(model, adapter_name), **remapped}
+        return {name: value.view(torch.int64) if MOMENTS in name else value for name, value in complete.items()}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, as one generation: with `"prefill"` the prompt's routes hold throughout."""
@@ -103,8 +106,11 @@ class MixLoraModel(BaseTuner):
 
 
 def _statistics(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    return {
-        f"{name}.mixlora_stats_usage.{adapter_name}".lstrip("."): module.mixlora_stats_usage[adapter_name]
-        for name, module in model.named_modules()
-        if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_stats_usage
-    }
+    """By name: the counts of choices, and the moments as the float64 numbers that their bits are."""
+    statistics = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_stats_usage:
+            moments = module.mixlora_stats_moments[adapter_name].view(torch.float64)
+            for kind, value in ((USAGE, module.mixlora_stats_usage[adapter_name]), (MOMENTS, moments)):
+                statistics[f"{name}.{kind}.{adapter_name}".lstrip(".")] = value
+    return statistics

@@ -73,7 +73,7 @@ def test_adapter_file_holds_the_adapter_and_no_base_weight(llama, tmp_path):
     model = adapt(llama)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(saved) == LINEAR_LAYERS * 6
+    assert len(saved) == LINEAR_LAYERS * 7
     assert all(".mixlora_" in name and "base_layer" not in name and "default" not in name for name in saved)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".safetensors"]
 
@@ -254,7 +254,7 @@ def test_modules_to_save_are_trained_and_saved(llama, reload, tmp_path):
     head.modules_to_save["default"].weight.data.mul_(2)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(saved) == LINEAR_LAYERS * 6 + 1
+    assert len(saved) == LINEAR_LAYERS * 7 + 1
     assert torch.equal(logits(reload(tmp_path)), logits(model))
 
 
@@ -290,7 +290,7 @@ def test_bias_option_decides_which_biases_train_and_are_saved(tmp_path, bias, tr
 def test_state_dict_travels_between_models(_llama, llama, copy_of):
     model, other = adapt(llama), get_peft_model(copy_of(_llama), config()).eval()
     state = get_peft_model_state_dict(model)
-    assert len(state) == LINEAR_LAYERS * 6
+    assert len(state) == LINEAR_LAYERS * 7
     result = set_peft_model_state_dict(other, state)
     assert not result.unexpected_keys
     assert torch.equal(logits(other), logits(model))
