@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .balance_loss import load_balance
 from .config import MixLoraConfig
 from .errors import MixLoraError
+from .merged_weight import merged_weight, set_weight, weight_of
 from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
 from .routing_scope import RoutingScope, current_scope, is_recomputing
 from .routing_statistics import count_choices
-from .static_core import Moments, instance_moments
+from .static_core import Moments, instance_moments, low_rank_pair, lstsq_core
 
 Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None], None]
 """Sees a layer's forward pass: layer, adapter, x [B, S, d_in], z = x Aᵀ [B, S, E], cores [B, E, E], attended [B, S]."""
@@ -84,6 +86,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         "settings",
         "mixlora_dropout",
         "last_routes",
+        "static_updates",
         "mixlora_stats_usage",
         "mixlora_stats_moments",
     )
@@ -106,6 +109,10 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.last_routes: dict[str, Route] = {}
         self.observer: Observer | None = None
+        self.static_updates: dict[str, tuple[Tensor, Tensor]] = {}
+        self._unmerged_weight: list[
+            nn.Parameter
+        ] = []  # not an attribute of its own, which would be the layer's parameter
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -237,16 +244,74 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
             settings.cfs_product,
         )
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not possible: the update depends on the input, so no weight equals it.
+    def static_update(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """What merging puts in the place of an adapter's update, as a LoRA: down [E, d_in] and up [d_out, E].
+
+        It is what was put into `static_updates` (see `calibration`), else `lstsq` of what training has summed.
 
         Raises:
-            ValueError: always, with what to do instead.
+            MixLoraError: there is neither, and the adapter has an effect.
         """
-        raise MixLoraError(
-            f"adapter {adapter_names or self.active_adapters!r} cannot be merged: a MixLoRA update differs from input "
-            "to input, so no static weight equals it; keep the adapter beside its base model (unload() removes it)"
-        )
+        if adapter in self.static_updates:
+            return self.static_updates[adapter]
+        moments, settings = self.moments(adapter), self.settings[adapter]
+        factors_A, factors_B = self.mixlora_A[adapter].detach(), self.mixlora_B[adapter].detach()
+        if moments.core.any():
+            return low_rank_pair(factors_A, factors_B, lstsq_core(moments, settings.r * settings.scaling))
+        if factors_B.any():
+            raise MixLoraError(
+                f"adapter {adapter!r} cannot be merged: its update differs from input to input, and it holds no "
+                "statistics of training to make a static one from; merge with `llava-mixlora merge --calibration DATA`"
+            )
+        return low_rank_pair(factors_A, factors_B, torch.zeros_like(moments.core))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The weight that merging adds for an adapter, [d_out, d_in] in float32 at least.
+
+        Raises:
+            MixLoraError: as [`static_update`](MixLoraLayer.static_update).
+        """
+        down, up = self.static_update(adapter)
+        return up @ down
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the static updates of adapters to the base weight; all of them or none.
+
+        The parameter that the base layer had is kept aside until [`unmerge`](MixLoraLayer.unmerge) puts it back, so a
+        merged layer that is not unloaded takes the memory of two weights.
+
+        Args:
+            safe_merge: refuse to merge into a weight that is not finite everywhere.
+            adapter_names: the active adapters when None.
+
+        Raises:
+            MixLoraError: as [`static_update`](MixLoraLayer.static_update), or the merged weight is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mixlora_A]
+        if not names:
+            return
+        base_layer = self.get_base_layer()
+        merged = merged_weight(base_layer, sum(self.get_delta_weight(name) for name in names))
+        if safe_merge and merged.is_floating_point() and not merged.isfinite().all():
+            raise MixLoraError(
+                f"adapters {names} make a weight that is not finite: one of them is broken, or too large for the base's dtype"
+            )
+        if not self.merged:
+            self._unmerged_weight = [weight_of(base_layer)]
+        set_weight(base_layer, merged)
+        self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Give the base layer back the weight that it had, to the bit."""
+        if not self.merged:
+            warnings.warn("no adapter is merged: there is nothing to take back", stacklevel=2)
+            return
+        base_layer = self.get_base_layer()
+        current, before = weight_of(base_layer), self._unmerged_weight.pop()
+        if before.device != current.device or (before.is_floating_point() and before.dtype != current.dtype):
+            before = nn.Parameter(before.to(current.device, current.dtype), requires_grad=before.requires_grad)
+        set_weight(base_layer, before)
+        self.merged_adapters.clear()
 
     def __repr__(self) -> str:
         return "mixlora." + super().__repr__()

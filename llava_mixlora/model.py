@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import routing_scope
 from .config import MixLoraConfig
+from .errors import MixLoraError
 from .layer import LayerSettings, MixLoraLayer
 from .mixture import Route
 
@@ -98,8 +99,42 @@ class MixLoraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the static updates of adapters (the active ones) to the base; `unmerge_adapter` takes them back.
+
+        Raises:
+            MixLoraError: a layer has no statistics to make a static update from, or a merged weight is not finite; then
+                nothing is merged.
+        """
+        self._check_static_updates(adapter_names)
+        unmerged = [layer for layer in self._layers() if not layer.merged]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except MixLoraError:
+            for layer in unmerged:
+                if layer.merged:
+                    layer.unmerge()
+            raise
+
+    def _check_static_updates(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            for adapter in layer.active_adapters if adapter_names is None else adapter_names:
+                if adapter in layer.mixlora_A:
+                    layer.static_update(adapter)
+
+    def _layers(self) -> list[MixLoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, MixLoraLayer)]
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_static_updates(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             routing_scope.detach(model)
         return model

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 METHODS = ("mean", "lstsq", "regression")
-RANK_TOLERANCE = 1e-9
-"""Directions of G whose share of its largest eigenvalue is below this count as never seen: z is summed in float32."""
+RANK_TOLERANCE = 1e-8
+"""Directions of G whose share of its largest eigenvalue is below this count as never seen: products are float32."""
 RIDGE = 1e-6
 """`regression` pulls W towards `lstsq` by this share of the mean squared input, which keeps it well-conditioned."""
 
@@ -67,7 +67,7 @@ def instance_moments(z: Tensor, core: Tensor, attended: Tensor | None = None) ->
     core = core.double()
     cross = torch.bmm(gram, core)
     power = torch.bmm(core.transpose(1, 2), cross)
-    return torch.stack((core.sum(dim=0), gram.sum(dim=0), cross.sum(dim=0), power.sum(dim=0)))
+    return torch.stack((core, gram, cross, power)).sum(dim=1)
 
 
 def instance_input_moments(x: Tensor, z: Tensor, core: Tensor, attended: Tensor | None = None) -> InputMoments:
@@ -129,8 +129,9 @@ def squared_norm(moments: Moments, factors_B: Tensor) -> Tensor:
 
 
 def low_rank_pair(factors_A: Tensor, factors_B: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    """x Aᵀ M B as a LoRA's two matrices in float32: down [E, d_in] = A, up [d_out, E] = (M B)ᵀ."""
-    return factors_A.float(), (core.to(factors_B.device) @ factors_B.to(core.dtype)).t().float().contiguous()
+    """x Aᵀ M B as a LoRA's two matrices, in float32 at least: down [E, d_in] = A, up [d_out, E] = (M B)ᵀ."""
+    dtype = torch.promote_types(factors_B.dtype, torch.float32)
+    return factors_A.to(dtype), (core.to(factors_B.device) @ factors_B.to(core.dtype)).t().to(dtype).contiguous()
 
 
 def _traced(matrix: Tensor, factors_B: Tensor) -> Tensor:

@@ -183,16 +183,6 @@ def test_unload_gives_the_base_back(_llama, llama):
     assert {n for n, _ in base.named_parameters()} == {n for n, _ in _llama.named_parameters()}
 
 
-@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
-def test_merging_is_refused_in_one_line_and_harms_nothing(llama, merge):
-    model = adapt(llama)
-    expected = logits(model)
-    with pytest.raises(MixLoraError, match="cannot be merged") as error:
-        getattr(model, merge)()
-    assert "\n" not in str(error.value)
-    assert torch.equal(logits(model), expected)
-
-
 # --- what is adapted
 
 
