@@ -76,12 +76,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     plotting.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
     plotting.add_argument("--output", metavar="FILE.png", help="picture to write (default: ADAPTER/usage.png)")
+    _add_merge(commands)
     return parser
+
+
+def _add_merge(commands: Any) -> None:
+    merging = _add_command(
+        commands,
+        _merge,
+        "merge an adapter into its base: one checkpoint that needs no plugin",
+        "Write the base with a static stand-in for the adapter in it, as a plain LLaVA checkpoint, and report how far "
+        "it is from the dynamic model. By default it is made from the statistics that training has saved.",
+        "llava-mixlora merge --model-path output/llava-mixlora --model-base liuhaotian/llava-v1.5-7b "
+        "--save-model-path llava-merged",
+    )
+    exporting = _add_command(
+        commands,
+        _export_lora,
+        "turn an adapter into a plain LoRA of PEFT",
+        "Write a static stand-in for the adapter as a LoRA of rank E, for PEFT and for LLaVA's own LoRA branch, and "
+        "report how far it is from the dynamic model.",
+        "llava-mixlora export-lora --model-path output/llava-mixlora --save-model-path llava-exported-lora",
+    )
+    for parser in (merging, exporting):
+        parser.add_argument("--model-path", required=True, metavar="ADAPTER", help="folder of the MixLoRA adapter")
+        parser.add_argument("--model-base", metavar="BASE", help="its base in 16 bits (default: the one that it names)")
+        parser.add_argument("--save-model-path", required=True, metavar="OUT", help="new folder for the result")
+        parser.add_argument(
+            "--method",
+            default="lstsq",
+            choices=("mean", "lstsq", "regression"),
+            help="how the static update is chosen (default: lstsq); regression is the nearest, and needs --calibration",
+        )
+        parser.add_argument("--calibration", metavar="DATA", help="conversations (LLaVA's JSON) to make it from")
+        parser.add_argument("--image-folder", metavar="DIR", help="where the images of DATA lie")
+        parser.add_argument("--task", metavar="NAME", help="only samples of DATA whose field 'task' is NAME")
+        parser.add_argument("--samples", type=int, default=512, help="how many to draw from DATA (default: 512)")
+        parser.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
+        parser.add_argument("--batch-size", type=int, default=8, help="samples at a time (default: 8)")
 
 
 def _add_command(commands: Any, command: Callable[..., None], help: str, description: str, example: str) -> Any:
     parser = commands.add_parser(
-        command.__name__.strip("_"), help=help, description=description, epilog=f"example: {example}"
+        command.__name__.strip("_").replace("_", "-"), help=help, description=description, epilog=f"example: {example}"
     )
     parser.set_defaults(command=command)
     return parser
@@ -118,3 +155,31 @@ def _plot(arguments: argparse.Namespace) -> None:
     output = arguments.output or os.path.join(arguments.adapter, "usage.png")
     plot(arguments.adapter, output)
     print(f"Wrote {output}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from .merge import merge
+
+    print("\n".join(merge(*_merge_arguments(arguments)).lines()))
+    print(f"Wrote {arguments.save_model_path}, with merge_report.json. LLaVA loads it as it is, with no --model-base.")
+
+
+def _export_lora(arguments: argparse.Namespace) -> None:
+    from .merge import export_lora
+
+    print("\n".join(export_lora(*_merge_arguments(arguments)).lines()))
+    print(f"Wrote {arguments.save_model_path}, with merge_report.json. It is a LoRA for the same base.")
+
+
+def _merge_arguments(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    from .calibration import CalibrationData
+
+    given = arguments
+    calibration = None
+    if given.calibration is not None:
+        calibration = CalibrationData(
+            given.calibration, given.image_folder, given.task, given.samples, given.version, given.batch_size
+        )
+    elif given.task is not None:
+        raise MixLoraError(f"--task {given.task} chooses among the samples of --calibration DATA, which is missing")
+    return given.model_path, given.model_base, given.save_model_path, given.method, calibration

@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from tqdm import tqdm
 from .adapter_folder import NON_LORA_TRAINABLES
 from .config import MixLoraConfig
 from .errors import MixLoraError
+from .model_folders import base_folder, check_output, new_folder
 from .patches.llava_train import NOT_THE_LANGUAGE_MODEL
 from .stored_weights import StoredWeights, read_json
 
@@ -80,14 +78,14 @@ def convert(
             pools differ in size, it was trained on another base, or `output` is there already.
     """
     checkpoint, output = Path(checkpoint), Path(output)
-    _check_output(output)
+    check_output("--output", output)
     if not checkpoint.is_dir():
         raise MixLoraError(f"{checkpoint}: no such folder; expected a checkpoint of the authors' train_cmoa.py")
     options, llava_config = read_options(checkpoint), read_json(checkpoint / "config.json")
     stored = StoredWeights(checkpoint)
     names = {name.removeprefix(PEFT_PREFIX): name for name in stored}
     layers = _adapted_layers(names, checkpoint)
-    base = StoredWeights(_base_folder(model_base))
+    base = StoredWeights(base_folder(model_base))
     adapter: dict[str, Tensor] = {}
     for layer, parts in tqdm(layers.items(), desc="Converting", unit="layer"):
         tensors = _layer_tensors(layer, {part: stored[name] for part, name in parts.items()}, options)
@@ -97,7 +95,7 @@ def convert(
     _check_tower(rest, stored, vision_tower or llava_config.get("mm_vision_tower"))
     beside = _trained_beside(rest, stored, base, model_base)
     config = _adapter_config(options, _targets(list(layers), base), model_base)
-    with _new_folder(output) as folder:
+    with new_folder("--output", output) as folder:
         config.save_pretrained(str(folder))
         save_file(adapter, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         torch.save(beside, folder / NON_LORA_TRAINABLES)
@@ -328,39 +326,3 @@ def _for_upstream(llava_config: dict[str, Any], model_base: str, vision_tower: s
     if vision_tower is not None:
         kept["mm_vision_tower"] = vision_tower
     return kept
-
-
-def _base_folder(model_base: str) -> Path:
-    folder = Path(model_base).expanduser()
-    if folder.is_dir():
-        return folder
-    if model_base.startswith((".", "/", "~")) or model_base.count("/") != 1:
-        raise MixLoraError(f"--model-base {model_base}: no such folder; expected a model or a hub name like owner/name")
-    from huggingface_hub import snapshot_download  # from here on it takes a network
-
-    try:
-        return Path(snapshot_download(model_base, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
-    except Exception as error:  # offline, no such repository, no access: each has its own class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MixLoraError(f"--model-base {model_base} cannot be downloaded ({reason}); pass its folder") from error
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise MixLoraError(f"--output {output} exists and is not an empty folder; choose another, or remove it first")
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the body is done, and is gone when the body fails."""
-    partial = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output.absolute())
-    except OSError as error:
-        raise MixLoraError(f"--output {output} cannot be written ({error.strerror}); choose another") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -294,7 +294,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         merged = merged_weight(base_layer, sum(self.get_delta_weight(name) for name in names))
         if safe_merge and merged.is_floating_point() and not merged.isfinite().all():
             raise MixLoraError(
-                f"adapters {names} make a weight that is not finite: one of them is broken, or too large for the base's dtype"
+                f"adapters {names} make a weight that is not finite: one is broken, or too large for the base's dtype"
             )
         if not self.merged:
             self._unmerged_weight = [weight_of(base_layer)]

@@ -29,7 +29,7 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, folder: str | Path) -> None:
         self._readers: dict[str, Callable[[], Tensor]] = {}
-        for file in _weight_files(Path(folder)):
+        for file in weight_files(Path(folder)):
             self._readers.update(_safetensors(file) if file.suffix == ".safetensors" else _state_dict(file))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -61,7 +61,12 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: one, or its shards.
+
+    Raises:
+        MixLoraError: there is none, one is missing, or the list of shards is damaged.
+    """
     for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         if (folder / whole).is_file():
             return [folder / whole]
