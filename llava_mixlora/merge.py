@@ -69,7 +69,7 @@ def merge(
     base = check_merge(adapter, model_base, output)
     updates, fidelity = static_updates(adapter, base, method, calibration)
     with new_folder(FLAG, output) as folder:
-        write_merged(adapter, base, updates, folder)
+        write_merged(adapter, base, updates[method], folder)
         fidelity.save(folder)
     return fidelity
 
@@ -89,19 +89,19 @@ def export_lora(
     base = check_merge(adapter, model_base, output, copies_base=False)
     updates, fidelity = static_updates(adapter, base, method, calibration)
     with new_folder(FLAG, output) as folder:
-        write_lora(adapter, base_model_of(adapter.folder, model_base), updates, folder)
+        write_lora(adapter, base_model_of(adapter.folder, model_base), updates[method], folder)
         fidelity.save(folder)
     return fidelity
 
 
 def static_updates(
     adapter: SavedAdapter, base: Path, method: str, calibration: CalibrationData | None
-) -> tuple[StaticUpdates, Fidelity]:
-    """The static updates of an adapter by one method, and how good they and those of the others are."""
+) -> tuple[dict[str, StaticUpdates], Fidelity]:
+    """By method, the static updates of an adapter (`method`'s, and others that come along), and how good they are."""
     methods = methods_for(method)
     fidelity = Fidelity(str(adapter.folder), str(base), method, training=adapter.relative_errors())
     if calibration is None:
-        return adapter.static_updates(method), fidelity
+        return {method: adapter.static_updates(method)}, fidelity
     fit, held_out = read_samples(calibration)
     loaded = load_dynamic(adapter.folder, base)
     model = loaded[1]
@@ -111,7 +111,7 @@ def static_updates(
     fidelity.heldout, fidelity.agreement = judge(
         model, lambda title: batches(held_out, loaded, calibration, title), found.updates
     )
-    return found.updates[method], fidelity
+    return found.updates, fidelity
 
 
 def check_merge(adapter: SavedAdapter, model_base: str | None, output: Path, copies_base: bool = True) -> Path:
