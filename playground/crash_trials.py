@@ -29,8 +29,8 @@ from llava_mixlora import checkpoint
 from playground.atomic import write_json
 
 HERE = Path(__file__).parent
-STEPS, SAVE_EVERY = 16, 2
-LONGEST_STEP, LONGEST_SAVE = 1.0, 0.5  # seconds: how long after its beginning the kill falls, at the most
+STEPS, SAVE_EVERY = 10, 2
+LONGEST_STEP, LONGEST_SAVE = 1.0, 0.1  # seconds: how long after its beginning the kill falls, at the most
 FLAGS = {
     "mixlora_enable": True,
     "version": "llava_v1",

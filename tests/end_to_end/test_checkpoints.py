@@ -47,11 +47,10 @@ class Case:
     def finish(self, output):
         train(self.launcher, self.inputs, output, *self.flags)
 
-    def kill(self, output, moment):
-        """Start, and kill -9 all of it in a step or in a save, two checkpoints further."""
+    def kill(self, output, moment, after):
+        """Start, and kill -9 all of it in a step or in a save, once there is a checkpoint of step `after`."""
         process = self.start(output)
-        begun = newest(output)
-        wait_for(lambda: newest(output) >= begun + 2, process)
+        wait_for(lambda: newest(output) >= after, process)
         if moment == "save":
             wait_for(checkpoint.unfinished(output).exists, process)
         os.killpg(process.pid, signal.SIGKILL)
@@ -97,8 +96,8 @@ def damage(file):
 
 def test_killed_run_goes_on_as_if_nothing_had_happened(mixlora, tmp_path):
     output = tmp_path / "llava-lora"
-    for moment in ("step", "save"):
-        mixlora.kill(output, moment)
+    mixlora.kill(output, "step", after=2)
+    mixlora.kill(output, "save", after=5)  # in the middle of the second epoch
     mixlora.finish(output)
     assert_same(output, mixlora.uninterrupted)
     assert not checkpoint.unfinished(output).exists()
@@ -107,7 +106,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(mixlora, tmp_path):
 def test_plain_lora_goes_on_with_its_projector(inputs, tmp_path):
     lora = Case(ALONE, inputs, tmp_path, *LORA, *ONE)
     output = tmp_path / "llava-lora"
-    lora.kill(output, "step")
+    lora.kill(output, "step", after=5)
     lora.finish(output)
     assert_same(output, lora.uninterrupted)
 
@@ -115,7 +114,7 @@ def test_plain_lora_goes_on_with_its_projector(inputs, tmp_path):
 def test_killed_zero2_run_goes_on_as_if_nothing_had_happened(inputs, tmp_path):
     zero2 = Case(DEEPSPEED, inputs, tmp_path, *MIXLORA, *ZERO2)
     output = tmp_path / "llava-lora"
-    zero2.kill(output, "save")
+    zero2.kill(output, "save", after=5)
     zero2.finish(output)
     assert_same(output, zero2.uninterrupted)
 
