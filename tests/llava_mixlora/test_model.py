@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -191,6 +192,82 @@ def test_merging_is_refused_in_one_line_and_harms_nothing(llama, merge):
         getattr(model, merge)()
     assert "\n" not in str(error.value)
     assert torch.equal(logits(model), expected)
+
+
+# --- one adapter per instance
+
+BATCH = {"input_ids": random_ids(4, 6), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], *[[1] * 6] * 3])}
+NAMES = ["__base__", "default", "second", "default"]
+
+
+@pytest.fixture
+def two(llama):
+    """A model with two unlike adapters, each with a head of its own."""
+    model = get_peft_model(llama, config(modules_to_save=["lm_head"]))
+    model.add_adapter("second", config(modules_to_save=["lm_head"], r=1, num_factors=3, routing="ifs"))
+    model.base_model.model.lm_head.modules_to_save["second"].weight.data.mul_(-1)
+    return randomise(model).eval()
+
+
+def one_by_one(model, run):
+    """What `run` gives for every instance of BATCH when its adapter alone is active."""
+    with model.disable_adapter():
+        outputs = {"__base__": run(model)}
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        outputs[name] = run(model)
+    return [outputs[name][instance] for instance, name in enumerate(NAMES)]
+
+
+def test_every_instance_takes_the_adapter_that_is_named_for_it(two):
+    expected = one_by_one(two, lambda model: model(**BATCH).logits)
+    two.set_adapter("second")
+    mixed = two(**BATCH, adapter_names=NAMES).logits
+    for row, alone in zip(mixed, expected):
+        torch.testing.assert_close(row[2:], alone[2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_generation_keeps_every_instances_adapter(two, options):
+    options = {**BATCH, **options, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+    def run(model, **names):
+        tokens = model.generate(**options, **names)
+        return tokens.view(len(NAMES), -1, tokens.shape[-1])
+
+    expected = one_by_one(two, run)
+    assert torch.equal(run(two, adapter_names=NAMES), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["default"] * 3, "Length of `adapter_names` should be the same .* got 3 and 4"),
+        (["default", "third", "fourth", "default"], r"non-existing adapter\(s\): fourth, third"),
+    ],
+)
+def test_names_that_do_not_fit_the_batch_are_one_clear_error(two, names, message):
+    own = logits(two)
+    with pytest.raises(MixLoraError, match=message) as error:
+        two(**BATCH, adapter_names=names)
+    assert "\n" not in str(error.value)
+    assert torch.equal(logits(two), own)
+
+
+def test_names_are_refused_in_training(two):
+    with pytest.raises(MixLoraError, match="training mode"):
+        two.train()(**BATCH, adapter_names=NAMES)
+
+
+def test_disabling_adapters_goes_before_naming_them(two):
+    with two.disable_adapter():
+        assert torch.equal(two(**BATCH, adapter_names=NAMES).logits, two(**BATCH).logits)
+
+
+def test_names_of_one_thread_do_not_reach_another(two):
+    expected = logits(two)
+    with two.base_model._enable_peft_forward_hooks(adapter_names=NAMES), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(logits, two).result(), expected)
 
 
 # --- what is adapted
