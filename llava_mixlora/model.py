@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,10 +36,11 @@ class MixLoraModel(BaseTuner):
     prefix = "mixlora_"
     tuner_layer_cls = MixLoraLayer
     # The paper adapts every linear layer of the language model (section 4.2, "Implementation Details").
-    target_module_mapping = {
-        **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-        **dict.fromkeys(("llama", "llava_llama", "mistral", "llava_mistral"), LLAMA_LINEAR_LAYERS),
-    }
+    # Other models follow LoRA's table, also where a program enters its own models into it later.
+    target_module_mapping = ChainMap(
+        dict.fromkeys(("llama", "llava_llama", "mistral", "llava_mistral"), LLAMA_LINEAR_LAYERS),
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    )
 
     def routes(self, adapter_name: str = "default") -> dict[str, Route]:
         """The route that each adapted layer took in its last forward pass, by layer name (see [`Route`])."""
