@@ -242,6 +242,10 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         return "mixlora." + super().__repr__()
 
 
+class MixLoraLinear(MixLoraLayer):
+    """What a model holds. PEFT's `target_modules="all-linear"` finds it by the "Linear" in the name."""
+
+
 def _features(base_layer: nn.Module) -> tuple[int, int]:
     if hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features"):
         return base_layer.in_features, base_layer.out_features

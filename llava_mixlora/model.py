@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import routing_scope
 from .config import MixLoraConfig
 from .errors import MixLoraError
-from .layer import LayerSettings, MixLoraLayer
+from .layer import LayerSettings, MixLoraLayer, MixLoraLinear
 from .mixture import Route
 
 LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -139,7 +139,7 @@ class MixLoraModel(BaseTuner):
         if isinstance(target, MixLoraLayer):
             target.update_layer(adapter_name, config, settings)
             return
-        layer = MixLoraLayer(target, adapter_name, config, settings)
+        layer = MixLoraLinear(target, adapter_name, config, settings)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -356,6 +356,14 @@ def test_configuration_decides_which_layers_are_adapted(llama, options, expected
     assert len(layers(get_peft_model(llama, config(**options)))) == expected
 
 
+def test_second_adapter_takes_all_linear_layers_too(llama):
+    model = get_peft_model(llama, config(target_modules="all-linear"))
+    model.add_adapter("second", config(target_modules="all-linear"))
+    assert model.peft_config["second"].target_modules == model.peft_config["default"].target_modules
+    assert len(layers(model)) == LINEAR_LAYERS
+    assert all(set(layer.r) == {"default", "second"} for layer in layers(model).values())
+
+
 def test_language_models_head_is_adapted_only_by_name(llama):
     assert list(layers(get_peft_model(llama, config(target_modules=["lm_head"])))) == ["base_model.model.lm_head"]
 
@@ -501,7 +509,7 @@ def test_status_of_every_layer_tells_its_adapters(llama):
     assert len(status) == 4
     for name, layer in status.items():
         both = name.endswith("q_proj")
-        assert layer.module_type == "mixlora.MixLoraLayer" and layer.enabled and layer.merged_adapters == []
+        assert layer.module_type == "mixlora.MixLoraLinear" and layer.enabled and layer.merged_adapters == []
         assert layer.available_adapters == (["default", "second"] if both else ["second"])
         assert layer.active_adapters == ["default"]
         assert layer.requires_grad == ({"default": True, "second": False} if both else {"second": False})
@@ -539,7 +547,7 @@ def test_model_that_has_trained_with_checkpointing_can_be_copied_and_pickled(lla
 
 def test_repr_names_the_layer_and_its_adapters(llama):
     text = repr(adapt(llama, target_modules=["q_proj"]))
-    assert "mixlora.MixLoraLayer(" in text and "mixlora_router_A" in text and "base_layer" in text
+    assert "mixlora.MixLoraLinear(" in text and "mixlora_router_A" in text and "base_layer" in text
 
 
 def test_routes_tell_what_every_layer_chose(llama):
