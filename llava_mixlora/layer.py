@@ -156,6 +156,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        # Worded so that what matches the messages of PEFT's LoRA matches these.
         if len(x) != len(adapter_names):
             raise MixLoraError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

@@ -117,6 +117,13 @@ class MixLoraModel(BaseTuner):
                 f"{', '.join(self.peft_config)}"
             )
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT puts new parameters in the place of half precision ones, and what was frozen would train.
+        trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trains[name])
+
     def _post_injection_hook(self, model: nn.Module, config: MixLoraConfig, adapter_name: str) -> None:
         routing_scope.attach(model)
 

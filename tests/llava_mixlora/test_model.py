@@ -574,3 +574,16 @@ def test_rank_above_the_pool_is_refused_before_any_layer_changes(llama):
     with pytest.raises(MixLoraError, match="rank_pattern"):
         get_peft_model(llama, config(rank_pattern={"q_proj": 7}))
     assert not any(isinstance(module, MixLoraLayer) for module in llama.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_frozen_routers_are_frozen_on_a_base_of_any_precision(llama, dtype):
+    model = get_peft_model(llama.to(dtype), config(router_gradient="none"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("mixlora_A" in name or "mixlora_B" in name for name in trained)
+
+
+def test_adapter_loaded_for_inference_trains_on_no_precision(llama, tmp_path):
+    get_peft_model(copy.deepcopy(llama), config()).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama.to(torch.bfloat16), tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
