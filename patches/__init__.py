@@ -10,6 +10,7 @@ from . import (
     llava_train,
     llava_trainer,
     llava_trainer_checkpoints,
+    transformers_config,
     transformers_trainer,
 )
 from .patch import Patch, PatchError
@@ -23,6 +24,7 @@ PATCHES: tuple[Patch, ...] = (
     *llava_trainer.PATCHES,
     *llava_trainer_checkpoints.PATCHES,
     *llava_train.PATCHES,
+    *transformers_config.PATCHES,
 )
 
 __all__ = ["PATCHES", "Patch", "PatchError", "apply", "undo"]
