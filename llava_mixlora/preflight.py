@@ -20,7 +20,8 @@ def check_training_inputs(argv: Sequence[str]) -> None:
     """Check the files named by the flags of `llava.train.train` when `--mixlora_enable` is among them.
 
     Raises:
-        MixLoraError: a file or folder is missing, the data is not LLaVA's JSON, or the output cannot be written.
+        MixLoraError: a file or folder is missing, the data is not LLaVA's JSON or too little for the processes, or the
+            output cannot be written.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--mixlora_enable", nargs="?", const=True, default=False, type=string_to_bool)
@@ -39,7 +40,9 @@ def check_training_inputs(argv: Sequence[str]) -> None:
         )
     if not flags.data_path:
         raise MixLoraError("--data_path is missing; expected a JSON file of conversations (LLaVA's docs: 'Data')")
-    check_images(read_conversations(flags.data_path), flags.data_path, flags.image_folder)
+    samples = read_conversations(flags.data_path)
+    check_processes(len(samples), flags.data_path)
+    check_images(samples, flags.data_path, flags.image_folder)
     if flags.output_dir:
         check_writable(flags.output_dir)
 
@@ -78,6 +81,20 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
                 '{"from": "human" or "gpt", "value": text}'
             )
     return samples
+
+
+def check_processes(conversations: int, data_path: str | Path) -> None:
+    """Refuse fewer conversations than processes, of which a launcher tells the number in `WORLD_SIZE`.
+
+    Raises:
+        MixLoraError: with both numbers.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if conversations < processes:
+        raise MixLoraError(
+            f"{data_path}: expected at least one conversation for each of {processes} processes, got {conversations}; "
+            "add data, or start fewer (GPUS=1, deepspeed --num_gpus 1, torchrun --nproc_per_node 1)"
+        )
 
 
 def check_images(samples: list[dict[str, Any]], data_path: str | Path, image_folder: str | Path) -> None:
