@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -102,7 +103,7 @@ _running_train: ContextVar[RunningTrain | None] = ContextVar("the train() that i
 
 @dataclass
 class RenamedArguments:
-    """Flags that upstream's scripts pass and that transformers 5 has renamed or dropped."""
+    """Flags that upstream's scripts pass or read, and that transformers 5 has renamed, dropped or left alone."""
 
     evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Old name of --eval_strategy."})
     warmup_ratio: Optional[float] = field(
@@ -115,6 +116,9 @@ class RenamedArguments:
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is not None:
             self.warmup_steps = self.warmup_ratio
+        if self.local_rank == -1:
+            # transformers no longer asks the launcher, and train() saves in each process whose rank is 0 or -1.
+            self.local_rank = int(os.environ.get("LOCAL_RANK", -1))
         super().__post_init__()
 
 
