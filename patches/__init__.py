@@ -4,6 +4,7 @@ One module per upstream module; each lists its patches in `PATCHES`. Nothing hap
 """
 
 from . import (
+    deepspeed_zero3,
     llava_arch,
     llava_builder,
     llava_llama,
@@ -21,6 +22,7 @@ PATCHES: tuple[Patch, ...] = (
     *llava_builder.PATCHES,
     *llava_trainer.PATCHES,
     *llava_train.PATCHES,
+    *deepspeed_zero3.PATCHES,
 )
 
 __all__ = ["PATCHES", "Patch", "PatchError", "apply", "undo"]
