@@ -61,7 +61,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
     Parameters by adapter name: `mixlora_A` [E, d_in], `mixlora_B` [E, d_out], `mixlora_router_A` and
     `mixlora_router_B` [E, d_in] (not with `routing="random"`), `mixlora_cfs` [r, E, d_in] (only with `"ifs_cfs"`).
     Buffer by adapter name: `mixlora_stats_usage` int64 [2, E], how many training instances chose each factor of pool A
-    and of pool B; every process counts its own.
+    and of pool B; every process counts its own, and `shared_statistics` sums them.
 
     Inputs are [B, S, d_in]; further middle dimensions count as positions. An input [rows, d_in] is taken as rows
     instances of one position each, and [d_in] as one instance.

@@ -22,8 +22,8 @@ def check_training_inputs(argv: Sequence[str]) -> None:
     """Check the flags of `llava.train.train`: `--bits` always, named files when `--mixlora_enable` is among the flags.
 
     Raises:
-        MixLoraError: a file or folder is missing, the data is not LLaVA's JSON, the output cannot be written, or the
-            weights cannot be quantized as asked.
+        MixLoraError: a file or folder is missing, the data is not LLaVA's JSON or too little for the processes, the
+            output cannot be written, or the weights cannot be quantized as asked.
     """
     check_quantization(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -43,7 +43,9 @@ def check_training_inputs(argv: Sequence[str]) -> None:
         )
     if not flags.data_path:
         raise MixLoraError("--data_path is missing; expected a JSON file of conversations (LLaVA's docs: 'Data')")
-    check_images(read_conversations(flags.data_path), flags.data_path, flags.image_folder)
+    samples = read_conversations(flags.data_path)
+    check_processes(len(samples), flags.data_path)
+    check_images(samples, flags.data_path, flags.image_folder)
     if not flags.output_dir:
         raise MixLoraError("--output_dir is missing; expected the folder that the adapter and its checkpoints go to")
     check_writable(flags.output_dir)
@@ -117,6 +119,20 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
                 '{"from": "human" or "gpt", "value": text}'
             )
     return samples
+
+
+def check_processes(conversations: int, data_path: str | Path) -> None:
+    """Refuse fewer conversations than processes, of which a launcher tells the number in `WORLD_SIZE`.
+
+    Raises:
+        MixLoraError: with both numbers.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if conversations < processes:
+        raise MixLoraError(
+            f"{data_path}: expected at least one conversation for each of {processes} processes, got {conversations}; "
+            "add data, or start fewer (GPUS=1, deepspeed --num_gpus 1, torchrun --nproc_per_node 1)"
+        )
 
 
 def check_images(samples: list[dict[str, Any]], data_path: str | Path, image_folder: str | Path) -> None:

@@ -4,6 +4,7 @@ One module per upstream module; each lists its patches in `PATCHES`. Nothing hap
 """
 
 from . import (
+    deepspeed_zero3,
     llava_arch,
     llava_builder,
     llava_llama,
@@ -25,6 +26,7 @@ PATCHES: tuple[Patch, ...] = (
     *llava_trainer_checkpoints.PATCHES,
     *llava_train.PATCHES,
     *transformers_config.PATCHES,
+    *deepspeed_zero3.PATCHES,
 )
 
 __all__ = ["PATCHES", "Patch", "PatchError", "apply", "undo"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -113,7 +114,7 @@ def running_arguments() -> MixLoraArguments | None:
 
 @dataclass
 class RenamedArguments:
-    """Flags that upstream's scripts pass and that transformers 5 has renamed or dropped."""
+    """Flags that upstream's scripts pass or read, and that transformers 5 has renamed, dropped or left alone."""
 
     evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Old name of --eval_strategy."})
     warmup_ratio: Optional[float] = field(
@@ -126,6 +127,9 @@ class RenamedArguments:
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is not None:
             self.warmup_steps = self.warmup_ratio
+        if self.local_rank == -1:
+            # transformers no longer asks the launcher, and train() saves in each process whose rank is 0 or -1.
+            self.local_rank = int(os.environ.get("LOCAL_RANK", -1))
         super().__post_init__()
 
 

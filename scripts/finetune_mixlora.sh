@@ -15,8 +15,10 @@
 #   DATA_PATH     training data in LLaVA's JSON format               IMAGE_FOLDER  where its images lie
 #   VISION_TOWER  default openai/clip-vit-large-patch14-336          MM_PROJECTOR  pretrained mm_projector.bin
 #   OUTPUT_DIR    where the adapter goes                             GPUS          how many (default: all)
-#   DEEPSPEED_CONFIG  default scripts/zero2.json                    CACHE_DIR, TRIAL=1  (embedded default) where data and
-#                 base model are kept; a few steps only, to see that everything runs
+#   DEEPSPEED_CONFIG  scripts/zero2.json (default); scripts/zero3.json spreads the base model over the GPUs as well,
+#                     scripts/zero3_offload.json keeps it and the optimizer in the memory of the machine
+#   CACHE_DIR     where data and base model are kept                 TRIAL=1       a few steps only, to see that
+#                 (embedded default)                                               everything runs (embedded default)
 #   QLORA=1       what finetune_mixlora_qlora.sh does: a base model quantized to 4 bits, an output folder of its own
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"

@@ -134,6 +134,20 @@ def test_well_formed_data_is_returned(run):
     assert [sample["conversations"] for sample in read_conversations(run["data_path"])] == [TURNS, TURNS]
 
 
+@pytest.mark.parametrize("processes", [None, "1", "2"])
+def test_each_process_needs_a_conversation(run, monkeypatch, processes):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    check(run)
+
+
+def test_more_processes_than_conversations_are_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = message_of(check, run)
+    assert f"{run['data_path']}: expected at least one conversation for each of 3 processes, got 2" in message
+
+
 def test_first_missing_image_is_named_with_its_entry_and_their_number(run):
     names = ["1.png", "gone/b.png", "gone/a.png", "gone/b.png"]
     samples = [{"image": name, "conversations": TURNS} for name in names]
