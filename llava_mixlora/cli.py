@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     doctoring.add_argument(
         "--estimate", required=True, metavar="MODEL_CONFIG", help="model folder, config.json, or name on the hub"
     )
+    doctoring.add_argument("--bits", type=int, help="16, 8 or 4: only that (default: all three)")
     doctoring.add_argument("--num-factors", type=int, default=16, help="factors in each pool (16)")
     doctoring.add_argument("--r", type=int, default=4, help="factors chosen per instance (4)")
     doctoring.add_argument("--lora-dropout", type=float, default=0.05, help="dropout on the input of pool A (0.05)")
@@ -156,11 +157,12 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 def _doctor(arguments: argparse.Namespace) -> None:
     from .doctor import as_json, describe
-    from .memory_estimate import RunSettings, estimate, read_model_config
+    from .memory_estimate import BITS, RunSettings, estimate, read_model_config
 
     names = [field.name for field in dataclasses.fields(RunSettings)]
     settings = RunSettings(**{name: getattr(arguments, name) for name in names})
-    result = estimate(read_model_config(arguments.estimate, arguments.vision_tower), settings)
+    bits = BITS if arguments.bits is None else (arguments.bits,)
+    result = estimate(read_model_config(arguments.estimate, arguments.vision_tower), settings, bits)
     if arguments.json:
         print(json.dumps(as_json(arguments.estimate, result), indent=1))
     else:

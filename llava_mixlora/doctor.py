@@ -38,19 +38,19 @@ def describe(name: str, result: MemoryEstimate) -> Iterator[str]:
     share = trained / (trained + result.frozen)
     yield f"  {'total':<24}{trained:>16,}   ({share:.2%} of all {trained + result.frozen:,})"
     yield ""
-    columns = [_precision(bits, settings.compute_dtype) for bits in result.components]
+    columns = [f"{bits} bits" if bits < 16 else settings.compute_dtype for bits in result.components]
     yield f"{'GiB per GPU':<26}" + "".join(f"{column:>16}" for column in columns)
     for part, title in COMPONENTS.items():
-        yield f"  {title:<24}" + "".join(f"{getattr(c, part) / GIB:>16.2f}" for c in result.components.values())
+        yield _row(title, [getattr(components, part) for components in result.components.values()])
     yield "in total, by ZeRO stage"
     for stage in STAGES:
         cells = [by_stage[stage] for by_stage in result.cells.values()]
-        yield f"  {stage:<24}" + "".join(f"{'-' if c.refused else f'{c.gpu / GIB:.2f}':>16}" for c in cells)
+        yield _row(stage, [None if cell.refused else cell.gpu for cell in cells])
         if any(cell.host for cell in cells):
-            yield f"  {'  host memory per GPU':<24}" + "".join(
-                f"{'-' if c.refused else f'{c.host / GIB:.2f}':>16}" for c in cells
-            )
-    yield f"-: {REFUSED}. CUDA's own memory and fragmentation come on top."
+            yield _row("  host memory per GPU", [None if cell.refused else cell.host for cell in cells])
+    if any(cell.refused for by_stage in result.cells.values() for cell in by_stage.values()):
+        yield f"-: {REFUSED}."
+    yield "CUDA's own memory and fragmentation come on top."
 
 
 def as_json(name: str, result: MemoryEstimate) -> dict[str, Any]:
@@ -68,5 +68,5 @@ def as_json(name: str, result: MemoryEstimate) -> dict[str, Any]:
     }
 
 
-def _precision(bits: int, compute_dtype: str) -> str:
-    return f"{bits} bits" if bits < 16 else compute_dtype
+def _row(title: str, sizes: list[int | None]) -> str:
+    return f"  {title:<24}" + "".join(f"{'-' if size is None else f'{size / GIB:.2f}':>16}" for size in sizes)

@@ -8,6 +8,7 @@ train().
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,20 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, MistralConfig
-from transformers import PretrainedConfig as PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+)
 
 from .config import MixLoraConfig
 from .errors import MixLoraError
 from .inspect_adapter import FURTHER, KINDS
 from .preflight import check_model_path
-from .step_memory import FIRST_LAYER, LAST_LAYER, QuantizedLinear, TrainedLlava, peak_of_step
+from .step_memory import MEASURED_LAYERS, QuantizedLinear, TrainedLlava, peak_of_encoding, peak_of_step
 
 ARCHITECTURES = {
     "llama": LlamaConfig,
@@ -154,27 +161,28 @@ class MemoryEstimate:
     cells: dict[int, dict[str, Cell]] = field(default_factory=dict)
 
 
-def estimate(model: ModelConfig, settings: RunSettings) -> MemoryEstimate:
-    """Estimate a run for every number of bits and every stage.
+def estimate(model: ModelConfig, settings: RunSettings, bits: Sequence[int] = BITS) -> MemoryEstimate:
+    """Estimate a run for each of the numbers of `bits`, and every stage.
 
     Raises:
-        MixLoraError: the sequence does not hold one image and one token of text.
+        MixLoraError: one of `bits` is not 16, 8 or 4, or the sequence does not hold one image and one token of text.
     """
+    for width in bits:
+        if width not in BITS:
+            raise MixLoraError(f"bits={width}: expected 16, 8 or 4")
     if settings.sequence_length <= model.image_tokens:
         raise MixLoraError(
             f"sequence_length={settings.sequence_length}: expected more than the {model.image_tokens} tokens of an "
             "image; raise --sequence-length"
         )
     result = MemoryEstimate(settings, model.notes)
-    for bits in BITS:
-        built = build(model, settings, bits)
-        if not result.parameters:
-            result.parameters = trained_by_kind(built)
-            result.frozen = sum(p.numel() for p in built.parameters() if not p.requires_grad)
-        components = count(built, settings, bits, activation_bytes(model, settings, bits))
-        result.components[bits] = components
-        result.cells[bits] = {
-            stage: _cell(stage, built, components, settings, model.language.hidden_size, bits) for stage in STAGES
+    for width, activations in activation_bytes(model, settings, bits).items():
+        built = build(model, settings, width)
+        result.parameters = trained_by_kind(built)  # in number the same for any bits
+        result.frozen = sum(p.numel() for p in built.parameters() if not p.requires_grad)
+        result.components[width] = count(built, settings, width, activations)
+        result.cells[width] = {
+            stage: _cell(stage, built, result.components[width], settings, width) for stage in STAGES
         }
     return result
 
@@ -234,8 +242,7 @@ def build(model: ModelConfig, settings: RunSettings, bits: int, layers: int | No
         language = get_peft_model(language, settings.adapter())
         tower = projector = None
         if model.tower is not None:
-            tower_dtype = torch.bfloat16 if compute == torch.bfloat16 else torch.float16
-            tower = CLIPVisionModel(model.tower).to(tower_dtype).requires_grad_(False).eval()
+            tower = _tower(model.tower, settings)
             fresh = bits == 16 and not model.from_llava  # train() makes it in float32, and casts it only if quantized
             projector = _projector(model).to(torch.float32 if fresh else compute)
     return TrainedLlava(language, tower, projector, model.select_layer, model.image_tokens)
@@ -284,53 +291,53 @@ def optimizer_bytes(parameters: list[nn.Parameter], optimizer: str) -> int:
     return code_books + sum(_two_moments_in_8_bits(parameter.numel()) for parameter in parameters)
 
 
-def activation_bytes(model: ModelConfig, settings: RunSettings, bits: int) -> int:
-    """The most that one step allocates beside weights, gradients and optimizer state.
-
-    A model of one and of two decoder layers is measured; in each part of the step the bytes grow evenly with depth.
-    """
+def activation_bytes(model: ModelConfig, settings: RunSettings, bits: Sequence[int] = BITS) -> dict[int, int]:
+    """The most that one step allocates beside weights, gradients and optimizer state, by number of bits."""
     depth = model.language.num_hidden_layers
-    compute = COMPUTE_DTYPES[settings.compute_dtype]
-
-    def peaks(layers: int) -> dict[str, int]:
-        built = build(model, settings, bits, layers)
-        return peak_of_step(
-            built, settings.batch_size, settings.sequence_length, settings.gradient_checkpointing, compute
+    layers = min(depth, MEASURED_LAYERS)
+    encoding = 0
+    if model.tower is not None:
+        encoding = peak_of_encoding(_tower(model.tower, settings), settings.batch_size)
+    return {
+        width: max(
+            encoding,
+            peak_of_step(
+                build(model, settings, width, layers),
+                depth,
+                settings.batch_size,
+                settings.sequence_length,
+                settings.gradient_checkpointing,
+                COMPUTE_DTYPES[settings.compute_dtype],
+            ),
         )
-
-    if depth <= 2:
-        return max(peaks(depth).values())
-    one, two = peaks(1), peaks(2)
-    one[FIRST_LAYER] = one[LAST_LAYER]  # they are the same one
-    return max(one[part] + (depth - 1) * (two[part] - one[part]) for part in one)
+        for width in bits
+    }
 
 
-def _cell(
-    stage: str, model: TrainedLlava, components: Components, settings: RunSettings, hidden_size: int, bits: int
-) -> Cell:
-    """DeepSpeed with LLaVA's zero*.json: what trains is held in the compute dtype, and its float32 copy and the
+def _cell(stage: str, model: TrainedLlava, plain: Components, settings: RunSettings, bits: int) -> Cell:
+    """`plain` divided by the GPUs as DeepSpeed does it with LLaVA's zero*.json.
 
-    optimizer's state are divided by the GPUs; ZeRO-3 divides the weights too.
+    What trains is held in the compute dtype; its float32 copy and the optimizer's state are divided, and by ZeRO-3 the
+    weights too.
     """
-    plain, gpus = components, settings.gpus
     if stage == "none":
         # Gradients are reduced in buckets that are a copy of them.
-        return Cell(plain.total + (plain.gradients if gpus > 1 else 0))
+        return Cell(plain.total + (plain.gradients if settings.gpus > 1 else 0))
     if stage != "ZeRO-2" and bits < 16:
         return Cell(refused=REFUSED)
     width = COMPUTE_DTYPES[settings.compute_dtype].itemsize
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     states = 8 * trained if settings.optimizer == "adamw" else _two_moments_in_8_bits(trained)
-    divided = (4 * trained + states + (width + 4) * trained) // gpus  # copy, moments, gradients in both widths
-    bucket = hidden_size**2 * width  # reduce_bucket_size "auto"
+    divided = (4 * trained + states + (width + 4) * trained) // settings.gpus  # copy, moments, both widths of gradients
+    bucket = model.language.config.hidden_size**2 * width  # reduce_bucket_size "auto"
     weights = plain.base + plain.tower + width * trained
     if stage == "ZeRO-2":
         return Cell(weights + divided + 2 * bucket + plain.activations)  # overlap_comm fills one and sends another
     gathered = min(MAX_LIVE_PARAMETERS, sum(p.numel() for p in model.parameters())) * width
     working = gathered + 2 * bucket + plain.activations  # and one for the parameters fetched ahead
     if stage == "ZeRO-3":
-        return Cell(weights // gpus + divided + working)
-    return Cell(working, weights // gpus + divided)
+        return Cell(weights // settings.gpus + divided + working)
+    return Cell(working, weights // settings.gpus + divided)
 
 
 def _read_json(source: str) -> dict[str, Any]:
@@ -384,6 +391,12 @@ def _store_quantized(language: nn.Module, bits: int, compute: torch.dtype) -> No
             setattr(parent, name.rpartition(".")[2], QuantizedLinear(module, bits, compute))
         elif "norm" in name:
             module.to(torch.float32)
+
+
+def _tower(config: CLIPVisionConfig, settings: RunSettings) -> nn.Module:
+    dtype = torch.bfloat16 if settings.compute_dtype == "bf16" else torch.float16  # train() knows no other two
+    with torch.device("meta"):
+        return CLIPVisionModel(config).to(dtype).requires_grad_(False).eval()
 
 
 def _projector(model: ModelConfig) -> nn.Module:

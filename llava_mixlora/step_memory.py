@@ -7,8 +7,7 @@ the same graph and frees the same tensors. What is alive after each operation is
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,16 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
-FORWARD, LAST_LAYER, FIRST_LAYER = "forward", "backward from the last layer", "backward of the first layer"
+MEASURED_LAYERS = 2
+"""The decoder layers that a model needs for [`peak_of_step`] to tell what any number of them takes."""
 
 UNMASKED = "llava_mixlora_unmasked"
 
 
 class TrainedLlava(nn.Module):
-    """A language model with adapters, behind a frozen tower and a trained projector (or without both).
-
-    `forward` takes images [B, 3, H, W], token ids [B, S − image tokens] and labels [B, S], and returns the loss.
-    """
+    """A language model with adapters, behind a frozen tower and a trained projector (or without both)."""
 
     def __init__(
         self,
@@ -43,13 +40,10 @@ class TrainedLlava(nn.Module):
         self.mm_projector = mm_projector
         self.select_layer, self.image_tokens = select_layer, image_tokens
 
-    def forward(self, images: Tensor | None, token_ids: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, features: Tensor | None, token_ids: Tensor, labels: Tensor) -> Tensor:
+        """The loss of features [B, image tokens, d of the tower], token ids [B, S − image tokens], labels [B, S]."""
         embeddings = self.language.get_input_embeddings()(token_ids)
-        if images is not None:
-            with torch.no_grad():
-                states = self.vision_tower(images, output_hidden_states=True).hidden_states
-                features = states[self.select_layer][:, -self.image_tokens :]
-            del states
+        if features is not None:
             projected = self.mm_projector(features.to(embeddings.dtype))
             embeddings = torch.cat([projected.to(embeddings.dtype), embeddings], dim=1)
         return self.language(inputs_embeds=embeddings, labels=labels).loss
@@ -87,15 +81,14 @@ class _Dequantized(torch.autograd.Function):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operations make, until they are freed; `peaks` has the most for each `part`.
+    """Adds up the storages that operations make, until they are freed: `live` now, `peak` at most.
 
     `existing` tensors are not counted.
     """
 
-    def __init__(self, existing: list[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()
-        self.live, self.part = 0, FORWARD
-        self.peaks: dict[str, int] = defaultdict(int)
+        self.live = self.peak = 0
         self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in existing)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,48 +98,75 @@ class LiveBytes(TorchDispatchMode):
                 self._known.add(storage)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
-        self.peaks[self.part] = max(self.peaks[self.part], self.live)
+        self.peak = max(self.peak, self.live)
         return result
 
     def _freed(self, size: int) -> None:
         self.live -= size
 
 
-def peak_of_step(
-    model: TrainedLlava, batch_size: int, sequence_length: int, checkpointing: bool, compute: torch.dtype
-) -> dict[str, int]:
-    """The most bytes that a step allocates in its forward pass (with the loss), and in its backward pass while the
+def peak_of_encoding(tower: nn.Module, batch_size: int) -> int:
+    """The most bytes that a CLIP tower on the meta device allocates for a batch of images, before the step goes on."""
+    with FakeTensorMode():
+        _lay_out(tower)
+        size = tower.config.image_size
+        images = torch.zeros(batch_size, 3, size, size, dtype=tower.dtype)
+        with LiveBytes([*tower.parameters(), *tower.buffers(), images]) as live, torch.no_grad():
+            tower(images, output_hidden_states=True)
+    return live.peak
 
-    last, or the first, decoder layer is differentiated. Gradients exist before, as when they are accumulated. `model`
-    lies on the meta device and is of no use afterwards.
+
+def peak_of_step(
+    model: TrainedLlava, depth: int, batch_size: int, sequence_length: int, checkpointing: bool, compute: torch.dtype
+) -> int:
+    """The most bytes that a step allocates after its images are encoded, in a model like this one of `depth` layers.
+
+    `model` has `depth` decoder layers, or two for any number above: at the peak, every further layer holds what the
+    last of the two has kept for the backward pass. (With 4 bits the first layer may have the peak of the two; then this
+    is one hidden state too many.) Gradients exist before, as when they are accumulated. `model` lies on the meta device
+    and is of no use afterwards.
     """
     with FakeTensorMode():
-        _lay_out(model)
-        model.train()
-        language = model.language
+        language, decoder = model.language, model.language.get_base_model().model
+        _lay_out(language)
+        if model.mm_projector is not None:
+            _lay_out(model.mm_projector)
+        language.train()
         language.get_base_model().config._attn_implementation = UNMASKED
         if checkpointing:
             language.gradient_checkpointing_enable()
             language.enable_input_require_grads()
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        images = None
-        if model.vision_tower is not None:
-            model.vision_tower.eval()
-            size = model.vision_tower.config.image_size
-            images = torch.zeros(batch_size, 3, size, size, dtype=model.vision_tower.dtype)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in trained]
         token_ids = torch.zeros(batch_size, sequence_length - model.image_tokens, dtype=torch.int64)
         labels = torch.zeros(batch_size, sequence_length, dtype=torch.int64)
-        inputs = [tensor for tensor in (images, token_ids, labels) if tensor is not None]
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        live = LiveBytes([*model.parameters(), *model.buffers(), *gradients, *inputs])
-        _name_parts(language.get_base_model().model.layers, live)
-        lower = compute != torch.float32
+        live = LiveBytes([*model.parameters(), *model.buffers(), *gradients, token_ids, labels])
+        alive_before: dict[nn.Module, int] = {}
+
+        def note(module: nn.Module, args: Any) -> None:
+            alive_before.setdefault(module, live.live)  # a checkpointed layer runs again
+
+        decoder.layers[-1].register_forward_pre_hook(note)
+        decoder.norm.register_forward_pre_hook(note)
+        # Backward has the peak: autocast has let its copies of the weights go by then.
+        cast = torch.autocast("cpu", compute, enabled=compute != torch.float32, cache_enabled=False)
         with live:
-            with torch.autocast("cpu", compute) if lower else nullcontext():
-                loss = model(images, token_ids, labels)
+            with cast:
+                loss = model(_features(model, batch_size), token_ids, labels)
             loss.backward()
-    return {part: live.peaks[part] for part in (FORWARD, LAST_LAYER, FIRST_LAYER)}
+    kept = alive_before[decoder.norm] - alive_before[decoder.layers[-1]]
+    return live.peak + (depth - len(decoder.layers)) * kept
+
+
+def _features(model: TrainedLlava, batch_size: int) -> Tensor | None:
+    if model.vision_tower is None:
+        return None
+    config = model.vision_tower.config
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    state = torch.zeros(batch_size, tokens, config.hidden_size, dtype=model.vision_tower.dtype)
+    return state[:, -model.image_tokens :]  # LLaVA selects a view: the class token's place is kept too
 
 
 def _attend(
@@ -177,20 +197,3 @@ def _lay_out(model: nn.Module) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-
-
-def _name_parts(layers: nn.ModuleList, live: LiveBytes) -> None:
-    def name(part: str) -> Any:
-        def when_gradient_arrives(gradient: Tensor) -> None:
-            live.part = part
-
-        def after_forward(module: nn.Module, args: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if hidden.requires_grad:
-                hidden.register_hook(when_gradient_arrives)
-
-        return after_forward
-
-    layers[-1].register_forward_hook(name(LAST_LAYER))
-    if len(layers) > 1:
-        layers[0].register_forward_hook(name(FIRST_LAYER))

@@ -122,10 +122,13 @@ def test_doctor_estimates_a_model_that_is_only_a_configuration(tmp_path, clip_fo
     shown = capsys.readouterr().out
     for line in ("pool A", "routers", "projector", "activations at the peak", "ZeRO-3 + CPU offload"):
         assert line in shown
+    assert main([*words, "--json", "--bits", "8"]) == 0
+    only = json.loads(capsys.readouterr().out)
     assert main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert f"{told['parameters_trained']['pool A']:,}" in shown
     assert told["bytes_per_gpu"]["8"]["base"] < told["bytes_per_gpu"]["16"]["base"]
+    assert only["bytes_per_gpu"] == {"8": told["bytes_per_gpu"]["8"]}
 
 
 def test_doctor_names_bad_input_in_one_line(tmp_path, capsys):
