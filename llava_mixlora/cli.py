@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import re
 import sys
@@ -76,6 +78,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     plotting.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
     plotting.add_argument("--output", metavar="FILE.png", help="picture to write (default: ADAPTER/usage.png)")
+    doctoring = _add_command(
+        commands,
+        _doctor,
+        "tell how much memory a run will need",
+        "Tell, before a run, how many parameters it trains and how much memory it needs on each GPU, for 16, 8 and 4 "
+        "bits and every ZeRO stage. No weights are loaded.",
+        "llava-mixlora doctor --estimate liuhaotian/llava-v1.5-7b --batch-size 4 --gpus 8",
+    )
+    doctoring.add_argument(
+        "--estimate", required=True, metavar="MODEL_CONFIG", help="model folder, config.json, or name on the hub"
+    )
+    doctoring.add_argument("--bits", type=int, help="16, 8 or 4: only that (default: all three)")
+    doctoring.add_argument("--num-factors", type=int, default=16, help="factors in each pool (16)")
+    doctoring.add_argument("--r", type=int, default=4, help="factors chosen per instance (4)")
+    doctoring.add_argument("--lora-dropout", type=float, default=0.05, help="dropout on the input of pool A (0.05)")
+    doctoring.add_argument("--routing", default="ifs_cfs", help="ifs_cfs (default), ifs or random")
+    doctoring.add_argument("--router-gradient", default="straight_through", help="straight_through (default) or none")
+    doctoring.add_argument("--batch-size", type=int, default=16, help="instances per GPU and step (16)")
+    doctoring.add_argument(
+        "--sequence-length", type=int, default=2048, help="tokens of an instance, those of its image included (2048)"
+    )
+    doctoring.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True, help="on by default"
+    )
+    doctoring.add_argument("--gpus", type=int, default=1, help="over which ZeRO divides (1)")
+    doctoring.add_argument("--optimizer", default="adamw", help="adamw (default) or paged_adamw_8bit")
+    doctoring.add_argument("--compute-dtype", default="bf16", help="bf16 (default) or fp32")
+    doctoring.add_argument(
+        "--vision-tower",
+        metavar="PATH",
+        help="folder or name of the CLIP tower; none: text only (default: the model's)",
+    )
+    doctoring.add_argument("--json", action="store_true", help="print bytes as JSON")
     _add_merge(commands)
     return parser
 
@@ -183,3 +218,17 @@ def _merge_arguments(arguments: argparse.Namespace) -> tuple[Any, ...]:
     elif given.task is not None:
         raise MixLoraError(f"--task {given.task} chooses among the samples of --calibration DATA, which is missing")
     return given.model_path, given.model_base, given.save_model_path, given.method, calibration
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from .doctor import as_json, describe
+    from .memory_estimate import BITS, RunSettings, estimate, read_model_config
+
+    names = [field.name for field in dataclasses.fields(RunSettings)]
+    settings = RunSettings(**{name: getattr(arguments, name) for name in names})
+    bits = BITS if arguments.bits is None else (arguments.bits,)
+    result = estimate(read_model_config(arguments.estimate, arguments.vision_tower), settings, bits)
+    if arguments.json:
+        print(json.dumps(as_json(arguments.estimate, result), indent=1))
+    else:
+        print("\n".join(describe(arguments.estimate, result)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,9 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
     Parameters by adapter name: `mixlora_A` [E, d_in], `mixlora_B` [E, d_out], `mixlora_router_A` and
     `mixlora_router_B` [E, d_in] (not with `routing="random"`), `mixlora_cfs` [r, E, d_in] (only with `"ifs_cfs"`).
     Buffer by adapter name: `mixlora_stats_usage` int64 [2, E], how many training instances chose each factor of pool A
-    and of pool B; every process counts its own. `mixlora_stats_moments` [4, E, E], what a static stand-in for the
-    update is made from, summed over what was seen in training: see [`moments`](MixLoraLayer.moments).
+    and of pool B. `mixlora_stats_moments` [4, E, E], what a static stand-in for the update is made from, summed over
+    what was seen in training: see [`moments`](MixLoraLayer.moments). Every process sums its own, and
+    `shared_statistics` those of all.
 
     Inputs are [B, S, d_in]; further middle dimensions count as positions. An input [rows, d_in] is taken as rows
     instances of one position each, and [d_in] as one instance.
@@ -145,16 +146,26 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the update of every active adapter, in the base output's dtype."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update of every active adapter, in the base output's dtype.
+
+        `adapter_names` names one adapter for each instance, which then takes the place of the active ones; a name that
+        this layer does not have (`"__base__"`) leaves the instance to the base layer.
+
+        Raises:
+            ValueError: the names are not as many as the instances, or an adapter is merged.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            self._check_adapter_names(x, adapter_names)
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         # Autograd runs what was called last first. Routing comes before the base layer, so that gradients of routers
         # and W_AB, which stay, are made when the large ones on the way to x are gone: it decides the peak of memory.
-        active = [adapter for adapter in self.active_adapters if adapter in self.mixlora_A]
-        routed = [self._routed(x, adapter) for adapter in active]
+        active = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+        active = [adapter for adapter in active if adapter in self.mixlora_A]
+        routed = [self._routed(x, adapter, adapter_names) for adapter in active]
         result = self.base_layer(x, *args, **kwargs)
         for adapter, (sequence, cores) in zip(active, routed):
             z = F.linear(self.mixlora_dropout[adapter](sequence), self.mixlora_A[adapter])
@@ -187,12 +198,28 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
                 if self.observer is not None:
                     self.observer(self, adapter, x, z, cores, attended)
 
-    def _routed(self, x: Tensor, adapter: str) -> tuple[Tensor, Tensor]:
+    def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        # Worded so that what matches the messages of PEFT's LoRA matches these.
+        if len(x) != len(adapter_names):
+            raise MixLoraError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)}; give one name per instance"
+            )
+        if self.merged:
+            raise MixLoraError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _routed(self, x: Tensor, adapter: str, adapter_names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
         """x as instances [B, S, d_in] in the dtype that the adapter computes in, and their cores [B, E, E]."""
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.mixlora_A[adapter].dtype)
         sequence = _as_instances(x)
-        return sequence, self._core(sequence, adapter)
+        cores = self._core(sequence, adapter)
+        if adapter_names is not None:
+            # All instances are routed, since what a scope knows and holds is per instance of the whole batch.
+            cores = cores * torch.tensor([name == adapter for name in adapter_names], device=x.device).view(-1, 1, 1)
+        return sequence, cores
 
     def _core(self, x: Tensor, adapter: str) -> Tensor:
         settings, scope = self.settings[adapter], current_scope()
@@ -315,6 +342,10 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "mixlora." + super().__repr__()
+
+
+class MixLoraLinear(MixLoraLayer):
+    """What a model holds. PEFT's `target_modules="all-linear"` finds it by the "Linear" in the name."""
 
 
 def _features(base_layer: nn.Module) -> tuple[int, int]:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from . import routing_scope
 from .config import MixLoraConfig
 from .errors import MixLoraError
-from .layer import LayerSettings, MixLoraLayer
+from .layer import LayerSettings, MixLoraLayer, MixLoraLinear
 from .mixture import Route
 
 USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
 LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BASE_MODEL = "__base__"
+"""PEFT's name, in `adapter_names`, for an instance without an adapter."""
 
 
 class MixLoraModel(BaseTuner):
@@ -32,10 +38,11 @@ class MixLoraModel(BaseTuner):
     prefix = "mixlora_"
     tuner_layer_cls = MixLoraLayer
     # The paper adapts every linear layer of the language model (section 4.2, "Implementation Details").
-    target_module_mapping = {
-        **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-        **dict.fromkeys(("llama", "llava_llama", "mistral", "llava_mistral"), LLAMA_LINEAR_LAYERS),
-    }
+    # Other models follow LoRA's table, also where a program enters its own models into it later.
+    target_module_mapping = ChainMap(
+        dict.fromkeys(("llama", "llava_llama", "mistral", "llava_mistral"), LLAMA_LINEAR_LAYERS),
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    )
 
     def routes(self, adapter_name: str = "default") -> dict[str, Route]:
         """The route that each adapted layer took in its last forward pass, by layer name (see [`Route`])."""
@@ -72,6 +79,54 @@ class MixLoraModel(BaseTuner):
         with routing_scope.generation():
             return self.model.generate(*args, **kwargs)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """Run the body, a forward pass or a generation, with one adapter per instance; PEFT's models call it.
+
+        Raises:
+            ValueError: the model is in training mode, or an adapter does not exist.
+        """
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        # Generation repeats every prompt for its beams or continuations before the first forward pass.
+        repeats = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        adapter_names = [name for name in adapter_names for _ in range(repeats)]
+        caller = threading.get_ident()
+
+        def name_adapters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            # Hooks belong to the model, which another thread may be using for other instances.
+            return args, {**kwargs, "adapter_names": adapter_names} if threading.get_ident() == caller else kwargs
+
+        wrappers = [m for m in self.modules() if isinstance(m, (MixLoraLayer, AuxiliaryTrainingWrapper))]
+        hooks = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+        if self.training:
+            raise MixLoraError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call eval() first, or set_adapter()"
+            )
+        if unknown := sorted(set(adapter_names) - {BASE_MODEL, *self.peft_config}):
+            raise MixLoraError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; expected {BASE_MODEL} or one of "
+                f"{', '.join(self.peft_config)}"
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT puts new parameters in the place of half precision ones, and what was frozen would train.
+        trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trains[name])
+
     def _post_injection_hook(self, model: nn.Module, config: MixLoraConfig, adapter_name: str) -> None:
         routing_scope.attach(model)
 
@@ -94,7 +149,7 @@ class MixLoraModel(BaseTuner):
         if isinstance(target, MixLoraLayer):
             target.update_layer(adapter_name, config, settings)
             return
-        layer = MixLoraLayer(target, adapter_name, config, settings)
+        layer = MixLoraLinear(target, adapter_name, config, settings)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import tempfile
@@ -14,14 +15,17 @@ from tqdm import tqdm
 from transformers.hf_argparser import string_to_bool
 
 from .errors import MixLoraError
+from .stored_weights import read_json
 
 
 def check_training_inputs(argv: Sequence[str]) -> None:
-    """Check the files named by the flags of `llava.train.train` when `--mixlora_enable` is among them.
+    """Check the flags of `llava.train.train`: `--bits` always, named files when `--mixlora_enable` is among the flags.
 
     Raises:
-        MixLoraError: a file or folder is missing, the data is not LLaVA's JSON, or the output cannot be written.
+        MixLoraError: a file or folder is missing, the data is not LLaVA's JSON or too little for the processes, the
+            output cannot be written, or the weights cannot be quantized as asked.
     """
+    check_quantization(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--mixlora_enable", nargs="?", const=True, default=False, type=string_to_bool)
     for flag in ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "output_dir"):
@@ -39,10 +43,46 @@ def check_training_inputs(argv: Sequence[str]) -> None:
         )
     if not flags.data_path:
         raise MixLoraError("--data_path is missing; expected a JSON file of conversations (LLaVA's docs: 'Data')")
-    check_images(read_conversations(flags.data_path), flags.data_path, flags.image_folder)
+    samples = read_conversations(flags.data_path)
+    check_processes(len(samples), flags.data_path)
+    check_images(samples, flags.data_path, flags.image_folder)
     if not flags.output_dir:
         raise MixLoraError("--output_dir is missing; expected the folder that the adapter and its checkpoints go to")
     check_writable(flags.output_dir)
+
+
+def check_quantization(argv: Sequence[str]) -> None:
+    """Refuse `--bits` that upstream would silently ignore, or that would fail once the model is being loaded.
+
+    Raises:
+        MixLoraError: `--bits` is not 4, 8 or 16, bitsandbytes is not installed, or DeepSpeed is asked for ZeRO-3.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--bits", default="16")
+    parser.add_argument("--deepspeed")
+    flags, _ = parser.parse_known_args(argv)
+    if flags.bits not in ("4", "8", "16"):
+        raise MixLoraError(f"--bits {flags.bits}: expected 4 or 8 (a quantized base model), or 16")
+    if flags.bits == "16":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MixLoraError(
+            f"--bits {flags.bits} needs bitsandbytes, which is not installed: pip install 'llava-mixlora[qlora]'"
+        )
+    if flags.deepspeed and _zero_stage(flags.deepspeed) == 3:
+        raise MixLoraError(
+            f"--bits {flags.bits} with --deepspeed {flags.deepspeed}: ZeRO-3 cannot partition quantized weights; "
+            "expected a configuration of ZeRO stage 2, such as scripts/zero2.json, or --bits 16"
+        )
+
+
+def _zero_stage(deepspeed_config: str) -> Any:
+    if not Path(deepspeed_config).is_file():
+        raise MixLoraError(
+            f"--deepspeed {deepspeed_config}: no such file; expected a JSON file like scripts/zero2.json"
+        )
+    zero = read_json(Path(deepspeed_config)).get("zero_optimization")
+    return zero.get("stage") if isinstance(zero, dict) else None
 
 
 def check_model_path(flag: str, value: str | None) -> None:
@@ -79,6 +119,20 @@ def read_conversations(path: str | Path) -> list[dict[str, Any]]:
                 '{"from": "human" or "gpt", "value": text}'
             )
     return samples
+
+
+def check_processes(conversations: int, data_path: str | Path) -> None:
+    """Refuse fewer conversations than processes, of which a launcher tells the number in `WORLD_SIZE`.
+
+    Raises:
+        MixLoraError: with both numbers.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if conversations < processes:
+        raise MixLoraError(
+            f"{data_path}: expected at least one conversation for each of {processes} processes, got {conversations}; "
+            "add data, or start fewer (GPUS=1, deepspeed --num_gpus 1, torchrun --nproc_per_node 1)"
+        )
 
 
 def check_images(samples: list[dict[str, Any]], data_path: str | Path, image_folder: str | Path) -> None:

@@ -18,7 +18,8 @@ class RoutingCallback(TrainerCallback):
 
     `mixlora_router_entropy_A` and `_B`: entropy of the routers' probabilities (not with `routing="random"`);
     `mixlora_dead_share_A` and `_B`: share of factors that no instance chose; `mixlora_usage_balance_A` and `_B`: share
-    of the pool in effective use. `routing_statistics` has the formulas. Each process logs what it saw itself.
+    of the pool in effective use. `routing_statistics` has the formulas. Shares and balance are of all processes where
+    [`shared_statistics`] sums the counts; the entropy is of what this process saw.
 
     Trainer calls callbacks in order and passes the logs along, so this one has to come before those that report:
     see [`add_routing_callback`].

@@ -4,12 +4,14 @@ One module per upstream module; each lists its patches in `PATCHES`. Nothing hap
 """
 
 from . import (
+    deepspeed_zero3,
     llava_arch,
     llava_builder,
     llava_llama,
     llava_train,
     llava_trainer,
     llava_trainer_checkpoints,
+    transformers_config,
     transformers_trainer,
 )
 from .patch import Patch, PatchError
@@ -23,6 +25,8 @@ PATCHES: tuple[Patch, ...] = (
     *llava_trainer.PATCHES,
     *llava_trainer_checkpoints.PATCHES,
     *llava_train.PATCHES,
+    *transformers_config.PATCHES,
+    *deepspeed_zero3.PATCHES,
 )
 
 __all__ = ["PATCHES", "Patch", "PatchError", "apply", "undo"]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+import torch
 from transformers import set_seed
 
 from llava_mixlora.checkpoint import check_same_adapter
 from llava_mixlora.config import MixLoraConfig
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.model import MixLoraModel
 from llava_mixlora.preflight import check_training_inputs
 
 from .patch import Patch
@@ -103,9 +106,15 @@ class RunningTrain:
 _running_train: ContextVar[RunningTrain | None] = ContextVar("the train() that is running", default=None)
 
 
+def running_arguments() -> MixLoraArguments | None:
+    """The flags of the train() that is running; None outside of one, and before it has parsed them."""
+    running = _running_train.get()
+    return None if running is None else running.arguments
+
+
 @dataclass
 class RenamedArguments:
-    """Flags that upstream's scripts pass and that transformers 5 has renamed or dropped."""
+    """Flags that upstream's scripts pass or read, and that transformers 5 has renamed, dropped or left alone."""
 
     evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Old name of --eval_strategy."})
     warmup_ratio: Optional[float] = field(
@@ -118,6 +127,9 @@ class RenamedArguments:
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is not None:
             self.warmup_steps = self.warmup_ratio
+        if self.local_rank == -1:
+            # transformers no longer asks the launcher, and train() saves in each process whose rank is 0 or -1.
+            self.local_rank = int(os.environ.get("LOCAL_RANK", -1))
         super().__post_init__()
 
 
@@ -155,12 +167,24 @@ def _available_attention(implementation: str | None) -> str | None:
 def _adapter_by_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        running = _running_train.get()
-        if running is not None and running.arguments is not None and running.arguments.mixlora_enable:
-            peft_config = running.arguments.mixlora_config(sorted(peft_config.target_modules))
-        return original(model, peft_config, *args, **kwargs)
+        flags = running_arguments()
+        if flags is None or not flags.mixlora_enable:
+            return original(model, peft_config, *args, **kwargs)
+        peft_config = flags.mixlora_config(sorted(peft_config.target_modules))
+        adapted = original(model, peft_config, *args, **kwargs)
+        if flags.bits in (4, 8) and flags.bf16:
+            _store_adapter_in_bfloat16(adapted)
+        return adapted
 
     return get_peft_model
+
+
+def _store_adapter_in_bfloat16(model: Any) -> None:
+    # As train() does, by PEFT's LoraLayer, for LoRA adapters on quantized weights. With --fp16 they stay float32 there
+    # too: a gradient scaler cannot unscale float16 gradients.
+    for name, parameter in model.named_parameters():
+        if MixLoraModel.prefix in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 PATCHES = (

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_mixlora.routing_callback import add_routing_callback
+from llava_mixlora.shared_statistics import share_statistics
 
 from .patch import Patch
 
@@ -28,6 +29,7 @@ def _log_routing(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         add_routing_callback(self)
+        share_statistics(self)
 
     return __init__
 
@@ -91,7 +93,7 @@ PATCHES = (
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.__init__",
-        why="a MixLoRA run logs how its routers use the factors, through a callback that has to come first",
+        why="a MixLoRA run logs how its routers use the factors, and counts that over all processes, through callbacks",
         replace=_log_routing,
     ),
     Patch(

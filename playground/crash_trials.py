@@ -29,8 +29,8 @@ from llava_mixlora import checkpoint
 from playground.atomic import write_json
 
 HERE = Path(__file__).parent
-STEPS, SAVE_EVERY = 16, 2
-LONGEST_STEP, LONGEST_SAVE = 1.0, 0.5  # seconds: how long after its beginning the kill falls, at the most
+STEPS, SAVE_EVERY = 10, 2
+LONGEST_STEP, LONGEST_SAVE = 1.0, 0.1  # seconds: how long after its beginning the kill falls, at the most
 FLAGS = {
     "mixlora_enable": True,
     "version": "llava_v1",
@@ -145,9 +145,9 @@ def finish(process: subprocess.Popen) -> None:
 def kill_at_random(
     process: subprocess.Popen, output: Path, in_save: bool, moments: random.Random
 ) -> dict[str, Any] | None:
-    """Kill all of a run once it has made progress; None when it came to its end before."""
-    begun = newest(output)
-    while steps_of(output) < 1 or (in_save and not is_saving(output)):
+    """Kill all of a run once it has made a few steps; None when it came to its end before."""
+    begun, steps = newest(output), moments.randint(1, 5)
+    while steps_of(output) < steps or (in_save and not is_saving(output)):
         if process.poll() is not None:
             finish(process)
             return None

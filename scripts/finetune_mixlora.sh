@@ -15,8 +15,11 @@
 #   DATA_PATH     training data in LLaVA's JSON format               IMAGE_FOLDER  where its images lie
 #   VISION_TOWER  default openai/clip-vit-large-patch14-336          MM_PROJECTOR  pretrained mm_projector.bin
 #   OUTPUT_DIR    where the adapter goes                             GPUS          how many (default: all)
-#   DEEPSPEED_CONFIG  default scripts/zero2.json                    CACHE_DIR, TRIAL=1  (embedded default) where data and
-#                 base model are kept; a few steps only, to see that everything runs
+#   DEEPSPEED_CONFIG  scripts/zero2.json (default); scripts/zero3.json spreads the base model over the GPUs as well,
+#                     scripts/zero3_offload.json keeps it and the optimizer in the memory of the machine
+#   CACHE_DIR     where data and base model are kept                 TRIAL=1       a few steps only, to see that
+#                 (embedded default)                                               everything runs (embedded default)
+#   QLORA=1       what finetune_mixlora_qlora.sh does: a base model quantized to 4 bits, an output folder of its own
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
@@ -48,16 +51,27 @@ fi
 source "$root/scripts/setup.sh"
 cd "$root"
 
+has_gpu() { python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
+
+kind=mixlora
+if [[ -n "${QLORA:-}" ]]; then
+    kind=mixlora-qlora
+    quantized=(--bits 4)
+    has_gpu && quantized+=(--optim paged_adamw_8bit)
+    set -- "${quantized[@]}" "$@" # the user's own flags come last, and win
+fi
+
 if [[ -z "${MODEL:-}" ]]; then
     # Waiting threads must not spin: on a few cores, one other busy program would slow them down many times over.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     exec python -m playground.embedded_default --routing "$routing" --factors "$factors" --rank "$rank" \
-        ${OUTPUT_DIR:+--output "$OUTPUT_DIR"} ${CACHE_DIR:+--cache "$CACHE_DIR"} ${TRIAL:+--trial} -- "$@"
+        --output "${OUTPUT_DIR:-$root/playground/output/llava-v1-tiny-$kind}" \
+        ${CACHE_DIR:+--cache "$CACHE_DIR"} ${TRIAL:+--trial} -- "$@"
 fi
 
 : "${DATA_PATH:?set DATA_PATH to the training data (JSON in the format of LLaVA)}"
 : "${IMAGE_FOLDER:?set IMAGE_FOLDER to the folder of the images that DATA_PATH names}"
-output="${OUTPUT_DIR:-checkpoints/llava-$(basename "$MODEL")-mixlora-$routing-E$factors-r$rank}"
+output="${OUTPUT_DIR:-checkpoints/llava-$(basename "$MODEL")-$kind-$routing-E$factors-r$rank}"
 
 # The hyperparameters of the authors' script; lora_alpha is twice the number of factors there.
 arguments=(
@@ -77,7 +91,7 @@ arguments=(
 )
 [[ -n "${MM_PROJECTOR:-}" ]] && arguments+=(--pretrain_mm_mlp_adapter "$MM_PROJECTOR")
 
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if has_gpu; then
     launcher=(deepspeed)
     [[ -n "${GPUS:-}" ]] && launcher+=(--num_gpus "$GPUS")
     "${launcher[@]}" --module llava_mixlora run -m llava.train.train_mem \

@@ -14,7 +14,7 @@ from llava_mixlora import checkpoint
 
 from .training import ALONE, RUN, SCRIPTS, environment, program, train
 
-STEPS = 8  # of two examples each: two epochs
+STEPS = 7  # of two examples each: the second epoch is left before its end
 COMMON = [
     f"--max_steps={STEPS}",
     "--optim=adamw_torch",
@@ -47,11 +47,10 @@ class Case:
     def finish(self, output):
         train(self.launcher, self.inputs, output, *self.flags)
 
-    def kill(self, output, moment):
-        """Start, and kill -9 all of it in a step or in a save, two checkpoints further."""
+    def kill(self, output, moment, after):
+        """Start, and kill -9 all of it in a step or in a save, once there is a checkpoint of step `after`."""
         process = self.start(output)
-        begun = newest(output)
-        wait_for(lambda: newest(output) >= begun + 2, process)
+        wait_for(lambda: newest(output) >= after, process)
         if moment == "save":
             wait_for(checkpoint.unfinished(output).exists, process)
         os.killpg(process.pid, signal.SIGKILL)
@@ -97,8 +96,8 @@ def damage(file):
 
 def test_killed_run_goes_on_as_if_nothing_had_happened(mixlora, tmp_path):
     output = tmp_path / "llava-lora"
-    for moment in ("step", "save"):
-        mixlora.kill(output, moment)
+    mixlora.kill(output, "step", after=2)
+    mixlora.kill(output, "save", after=5)  # in the middle of the second epoch
     mixlora.finish(output)
     assert_same(output, mixlora.uninterrupted)
     assert not checkpoint.unfinished(output).exists()
@@ -107,7 +106,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(mixlora, tmp_path):
 def test_plain_lora_goes_on_with_its_projector(inputs, tmp_path):
     lora = Case(ALONE, inputs, tmp_path, *LORA, *ONE)
     output = tmp_path / "llava-lora"
-    lora.kill(output, "step")
+    lora.kill(output, "step", after=5)
     lora.finish(output)
     assert_same(output, lora.uninterrupted)
 
@@ -115,7 +114,7 @@ def test_plain_lora_goes_on_with_its_projector(inputs, tmp_path):
 def test_killed_zero2_run_goes_on_as_if_nothing_had_happened(inputs, tmp_path):
     zero2 = Case(DEEPSPEED, inputs, tmp_path, *MIXLORA, *ZERO2)
     output = tmp_path / "llava-lora"
-    zero2.kill(output, "save")
+    zero2.kill(output, "save", after=5)
     zero2.finish(output)
     assert_same(output, zero2.uninterrupted)
 
@@ -148,14 +147,16 @@ def test_run_killed_after_its_last_step_makes_no_further_step(mixlora, tmp_path)
     assert_same(output, mixlora.uninterrupted)
 
 
-def test_checkpoint_loads_as_the_final_output_does(mixlora, inputs, patched):
+def test_checkpoint_loads_as_the_final_output_does(mixlora, patched):
+    from llava.constants import IMAGE_TOKEN_INDEX
     from llava.model.builder import load_pretrained_model
 
-    ids = torch.arange(3, 12).unsqueeze(0)
+    ids = torch.tensor([[1, IMAGE_TOKEN_INDEX, *range(3, 12)]])
+    images = torch.rand(1, 3, 16, 16)
     logits = []
     for folder in (mixlora.uninterrupted, mixlora.uninterrupted / f"checkpoint-{STEPS}"):
         _, model, _, _ = load_pretrained_model(str(folder), None, folder.name, device="cpu")
-        logits.append(model.float()(input_ids=ids).logits)
+        logits.append(model.float()(input_ids=ids, images=images).logits)
     assert torch.equal(*logits)
 
 

@@ -1,4 +1,4 @@
-"""`scripts/finetune_mixlora.sh` as a user runs it, with a few steps of everything (`TRIAL=1`)."""
+"""`scripts/finetune_mixlora.sh` and `finetune_mixlora_qlora.sh` as a user runs them, with a few steps (`TRIAL=1`)."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "finetune_mixlora.sh"
+QLORA_SCRIPT = ROOT / "scripts" / "finetune_mixlora_qlora.sh"
 TASKS = 12
 CACHED = (
     "1/4 pictures and questions: cached",
@@ -29,9 +30,9 @@ def environment(place):
     return {**os.environ, **chosen, "OMP_NUM_THREADS": "2"}
 
 
-def finetune(place, *words, **variables):
+def finetune(place, *words, script=SCRIPT, **variables):
     return subprocess.run(
-        ["bash", str(SCRIPT), *words],
+        ["bash", str(script), *words],
         env={**environment(place), **variables},
         capture_output=True,
         text=True,
@@ -166,6 +167,7 @@ def interrupt_when(place, output, line, wait):
         (["ifs_cfs", "0", "1"], "num_factors=0"),
         (["fis", "16", "4"], "routing='fis'"),
         (["ifs", "many"], "many"),
+        (["ifs", "16", "4", "--bits", "3"], "--bits 3"),
     ],
 )
 def test_bad_arguments_are_one_line_before_anything_is_built(tmp_path, words, named):
@@ -199,3 +201,44 @@ def test_your_own_model_and_data_train_through_the_same_script(finished, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "own" / "adapter_config.json").read_text())["lora_alpha"] == 8
     shutil.rmtree(tmp_path / "own")
+
+
+def test_qlora_script_does_the_same_job_on_4_bit_weights(finished):
+    place, _ = finished
+    output = place / "llava-v1-qlora"
+    done = finetune(place, "ifs_cfs", "8", "2", script=QLORA_SCRIPT, OUTPUT_DIR=str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(line in done.stdout for line in CACHED)
+    results, sibling = (json.loads((o / "results.json").read_text()) for o in (output, place / "llava-v1-out"))
+    assert results.keys() == sibling.keys() and results["tasks"].keys() == sibling["tasks"].keys()
+    assert results["trainable_parameters"] == sibling["trainable_parameters"]
+    assert results["mean_before"] == sibling["mean_before"]
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    flags = json.loads((output / "playground_run.json").read_text())["settings"]["flags"]
+    assert flags[:2] == ["--bits", "4"]
+
+
+def test_qlora_script_trains_your_own_model_and_your_flags_win(finished, patched, tmp_path):
+    place, _ = finished
+    cache = place / "cache"
+    done = finetune(
+        place,
+        *("ifs", "4", "2", "--bits", "8", "--max_steps", "1", "--per_device_train_batch_size", "2"),
+        *("--dataloader_num_workers", "0", "--gradient_accumulation_steps", "1"),
+        script=QLORA_SCRIPT,
+        MODEL=str(cache / "llava-v1-tiny"),
+        DATA_PATH=str(cache / "data" / "train.json"),
+        IMAGE_FOLDER=str(cache / "data" / "images"),
+        VISION_TOWER=str(cache / "tower"),
+        OUTPUT_DIR=str(tmp_path / "own"),
+        CUDA_VISIBLE_DEVICES="",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    used = torch.load(tmp_path / "own" / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert (used.bits, used.optim) == (8, "adamw_torch")
+
+
+def test_help_of_the_qlora_script_explains_both():
+    done = subprocess.run(["bash", str(QLORA_SCRIPT), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "4-bit weights" in done.stdout and "ROUTING" in done.stdout and "OUTPUT_DIR" in done.stdout

@@ -1,5 +1,6 @@
 """The console script, mostly as a process of its own."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_unknown_subcommand_is_a_usage_error(capsys, words):
     assert "usage: llava-mixlora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "convert", "inspect", "plot"])
+@pytest.mark.parametrize("command", ["run", "convert", "inspect", "plot", "doctor"])
 def test_every_subcommand_shows_an_example(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -111,3 +112,25 @@ def test_console_script_is_installed():
         [Path(sys.executable).with_name("llava-mixlora"), "--version"], capture_output=True, text=True
     )
     assert done.stdout.strip() == f"llava-mixlora {__version__}"
+
+
+def test_doctor_estimates_a_model_that_is_only_a_configuration(tmp_path, clip_folder, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 320, **sizes}))
+    words = ["doctor", "--estimate", str(tmp_path), "--vision-tower", str(clip_folder), "--sequence-length", "16"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    for line in ("pool A", "routers", "projector", "activations at the peak", "ZeRO-3 + CPU offload"):
+        assert line in shown
+    assert main([*words, "--json", "--bits", "8"]) == 0
+    only = json.loads(capsys.readouterr().out)
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert f"{told['parameters_trained']['pool A']:,}" in shown
+    assert told["bytes_per_gpu"]["8"]["base"] < told["bytes_per_gpu"]["16"]["base"]
+    assert only["bytes_per_gpu"] == {"8": told["bytes_per_gpu"]["8"]}
+
+
+def test_doctor_names_bad_input_in_one_line(tmp_path, capsys):
+    assert "/gone" in error_of(capsys, "doctor", "--estimate", "/gone")
+    assert "batch_size=0" in error_of(capsys, "doctor", "--estimate", str(tmp_path), "--batch-size", "0")

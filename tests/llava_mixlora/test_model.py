@@ -2,23 +2,26 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
+    get_layer_status,
     get_model_status,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig, MixLoraError, MixLoraLayer
+from llava_mixlora import MixLoraConfig, MixLoraError, MixLoraLayer, MixLoraModel
 
 from ..tiny import layers, random_ids, randomise
 
@@ -169,11 +172,75 @@ def test_each_adapter_is_saved_by_itself(llama, reload, tmp_path):
     assert torch.equal(logits(reload(tmp_path / "second")), logits(model))
 
 
+def test_inactive_adapter_is_deleted_without_a_trace(_llama, llama):
+    model = adapt(llama, modules_to_save=["lm_head"])
+    own, names = logits(model), set(model.state_dict())
+    model.add_adapter("second", config(modules_to_save=["lm_head"], routing="ifs"))
+    model.delete_adapter("second")
+    assert torch.equal(logits(model), own) and set(model.state_dict()) == names
+    with pytest.raises(ValueError, match="second"):
+        model.delete_adapter("second")
+
+
+def test_adapter_is_not_added_twice_under_one_name(llama):
+    model = adapt(llama)
+    own = logits(model)
+    with pytest.raises(ValueError, match="default"):
+        model.add_adapter("default", config())
+    assert torch.equal(logits(model), own)
+
+
+def test_adapter_whose_name_is_part_of_anothers_is_saved_alone(llama, reload, tmp_path):
+    model = adapt(llama)
+    model.add_adapter("default_mixlora_A", config(routing="ifs"))
+    randomise(model, seed=1)
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == LINEAR_LAYERS * 7
+    assert len(load_file(tmp_path / "default_mixlora_A" / "adapter_model.safetensors")) == LINEAR_LAYERS * 6
+    assert torch.equal(logits(reload(tmp_path)), logits(model))
+
+
+def test_each_adapter_switches_to_the_module_saved_with_it(llama):
+    model = adapt(llama, modules_to_save=["lm_head"])
+    model.add_adapter("second", config(target_modules=["q_proj"]))
+    model.add_adapter("third", config(modules_to_save=["lm_head"]))
+    heads = model.base_model.model.lm_head
+    for name in ("default", "second", "third"):
+        model.set_adapter(name)
+        assert heads.active_adapters == ([name] if name != "second" else [])
+        assert {n for n, p in heads.named_parameters() if p.requires_grad} == (
+            {f"modules_to_save.{name}.weight"} if name != "second" else set()
+        )
+
+
+def test_only_one_adapter_may_train_biases(llama):
+    model = get_peft_model(llama, config(bias="mixlora_only"))
+    with pytest.raises(ValueError, match="1 adapter with bias"):
+        model.add_adapter("second", config(bias="all"))
+
+
+def test_gradients_are_switched_by_adapter(llama):
+    model = adapt(llama)
+    model.add_adapter("second", config())
+    model.set_requires_grad("second", True)
+    model.set_requires_grad("default", False)
+    assert all(p.requires_grad == ("second" in name) for name, p in model.named_parameters())
+
+
 def test_disabled_adapter_is_the_base_bit_for_bit(_llama, llama):
     model = adapt(llama)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(_llama))
+        with model.disable_adapter():
+            pass
+        assert torch.equal(logits(model), logits(_llama))
     assert not torch.allclose(logits(model), logits(_llama))
+
+
+def test_disabling_an_adapter_that_trains_biases_warns(llama):
+    model = get_peft_model(llama, config(bias="all"))
+    with pytest.warns(UserWarning, match="bias configured to be 'all'"), model.disable_adapter():
+        pass
 
 
 def test_unload_gives_the_base_back(_llama, llama):
@@ -181,6 +248,82 @@ def test_unload_gives_the_base_back(_llama, llama):
     assert type(base) is LlamaForCausalLM and not layers(base)
     assert torch.equal(logits(base), logits(_llama))
     assert {n for n, _ in base.named_parameters()} == {n for n, _ in _llama.named_parameters()}
+
+
+# --- one adapter per instance
+
+BATCH = {"input_ids": random_ids(4, 6), "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], *[[1] * 6] * 3])}
+NAMES = ["__base__", "default", "second", "default"]
+
+
+@pytest.fixture
+def two(llama):
+    """A model with two unlike adapters, each with a head of its own."""
+    model = get_peft_model(llama, config(modules_to_save=["lm_head"]))
+    model.add_adapter("second", config(modules_to_save=["lm_head"], r=1, num_factors=3, routing="ifs"))
+    model.base_model.model.lm_head.modules_to_save["second"].weight.data.mul_(-1)
+    return randomise(model).eval()
+
+
+def one_by_one(model, run):
+    """What `run` gives for every instance of BATCH when its adapter alone is active."""
+    with model.disable_adapter():
+        outputs = {"__base__": run(model)}
+    for name in ("second", "default"):
+        model.set_adapter(name)
+        outputs[name] = run(model)
+    return [outputs[name][instance] for instance, name in enumerate(NAMES)]
+
+
+def test_every_instance_takes_the_adapter_that_is_named_for_it(two):
+    expected = one_by_one(two, lambda model: model(**BATCH).logits)
+    two.set_adapter("second")
+    mixed = two(**BATCH, adapter_names=NAMES).logits
+    for row, alone in zip(mixed, expected):
+        torch.testing.assert_close(row[2:], alone[2:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+def test_generation_keeps_every_instances_adapter(two, options):
+    options = {**BATCH, **options, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+    def run(model, **names):
+        tokens = model.generate(**options, **names)
+        return tokens.view(len(NAMES), -1, tokens.shape[-1])
+
+    expected = one_by_one(two, run)
+    assert torch.equal(run(two, adapter_names=NAMES), torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["default"] * 3, "Length of `adapter_names` should be the same .* got 3 and 4"),
+        (["default", "third", "fourth", "default"], r"non-existing adapter\(s\): fourth, third"),
+    ],
+)
+def test_names_that_do_not_fit_the_batch_are_one_clear_error(two, names, message):
+    own = logits(two)
+    with pytest.raises(MixLoraError, match=message) as error:
+        two(**BATCH, adapter_names=names)
+    assert "\n" not in str(error.value)
+    assert torch.equal(logits(two), own)
+
+
+def test_names_are_refused_in_training(two):
+    with pytest.raises(MixLoraError, match="training mode"):
+        two.train()(**BATCH, adapter_names=NAMES)
+
+
+def test_disabling_adapters_goes_before_naming_them(two):
+    with two.disable_adapter():
+        assert torch.equal(two(**BATCH, adapter_names=NAMES).logits, two(**BATCH).logits)
+
+
+def test_names_of_one_thread_do_not_reach_another(two):
+    expected = logits(two)
+    with two.base_model._enable_peft_forward_hooks(adapter_names=NAMES), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(logits, two).result(), expected)
 
 
 # --- what is adapted
@@ -201,6 +344,14 @@ def test_unload_gives_the_base_back(_llama, llama):
 )
 def test_configuration_decides_which_layers_are_adapted(llama, options, expected):
     assert len(layers(get_peft_model(llama, config(**options)))) == expected
+
+
+def test_second_adapter_takes_all_linear_layers_too(llama):
+    model = get_peft_model(llama, config(target_modules="all-linear"))
+    model.add_adapter("second", config(target_modules="all-linear"))
+    assert model.peft_config["second"].target_modules == model.peft_config["default"].target_modules
+    assert len(layers(model)) == LINEAR_LAYERS
+    assert all(set(layer.r) == {"default", "second"} for layer in layers(model).values())
 
 
 def test_language_models_head_is_adapted_only_by_name(llama):
@@ -235,6 +386,14 @@ def test_target_that_is_not_linear_is_one_clear_error(llama):
 def test_model_of_unknown_kind_needs_target_modules():
     with pytest.raises(ValueError, match="target_modules"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), MixLoraConfig())
+
+
+def test_model_that_was_entered_for_lora_is_known(monkeypatch):
+    monkeypatch.setitem(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "new_model", ["inner"])
+    base = Biased()
+    base.config = {"model_type": "new_model"}
+    assert list(layers(get_peft_model(base, MixLoraConfig()))) == ["base_model.model.inner"]
+    assert MixLoraModel.target_module_mapping["llama"] != TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"]
 
 
 def test_modules_to_save_are_trained_and_saved(llama, reload, tmp_path):
@@ -286,6 +445,26 @@ def test_state_dict_travels_between_models(_llama, llama, copy_of):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.parametrize("with_statistics", [True, False])
+def test_adapter_is_loaded_without_memory_for_initial_weights(llama, _llama, copy_of, with_statistics):
+    model = adapt(copy_of(_llama))
+    state = get_peft_model_state_dict(model)
+    if not with_statistics:
+        state = {name: tensor for name, tensor in state.items() if "mixlora_stats" not in name}
+    bare = inject_adapter_in_model(config(), llama, low_cpu_mem_usage=True)
+    assert {p.device.type for n, p in bare.named_parameters() if "mixlora_" in n} == {"meta"}
+    set_peft_model_state_dict(bare, state, low_cpu_mem_usage=True)
+    assert not any(tensor.is_meta for tensor in bare.state_dict().values())
+    assert torch.equal(logits(bare.eval()), logits(model))
+
+
+def test_layers_are_injected_where_a_state_dict_has_them(llama, _llama, copy_of):
+    model = inject_adapter_in_model(config(target_modules=["q_proj", "down_proj"]), copy_of(_llama))
+    with pytest.warns(RuntimeWarning, match="additional target modules"):
+        injected = inject_adapter_in_model(config(), llama, state_dict=get_peft_model_state_dict(model))
+    assert len(layers(injected)) == 4 and set(layers(injected)) == set(layers(model))
+
+
 def test_adapter_is_injected_into_a_bare_model(_llama, llama, copy_of):
     injected = randomise(inject_adapter_in_model(config(), llama)).eval()
     assert type(injected) is LlamaForCausalLM
@@ -311,6 +490,20 @@ def test_status_reports_the_adapter(llama):
     status = get_model_status(adapt(llama))
     assert status.peft_types == {"default": "MIXLORA"} and status.adapter_model_type == "MixLoraModel"
     assert status.num_adapter_layers == LINEAR_LAYERS and status.enabled is True and status.merged_adapters == []
+
+
+def test_status_of_every_layer_tells_its_adapters(llama):
+    model = adapt(llama, target_modules=["q_proj"])
+    model.add_adapter("second", config(target_modules=["q_proj", "o_proj"]))
+    status = {layer.name: layer for layer in get_layer_status(model)}
+    assert len(status) == 4
+    for name, layer in status.items():
+        both = name.endswith("q_proj")
+        assert layer.module_type == "mixlora.MixLoraLinear" and layer.enabled and layer.merged_adapters == []
+        assert layer.available_adapters == (["default", "second"] if both else ["second"])
+        assert layer.active_adapters == ["default"]
+        assert layer.requires_grad == ({"default": True, "second": False} if both else {"second": False})
+        assert set(layer.devices) == set(layer.available_adapters)
 
 
 def test_deepcopy_is_independent(llama):
@@ -344,7 +537,7 @@ def test_model_that_has_trained_with_checkpointing_can_be_copied_and_pickled(lla
 
 def test_repr_names_the_layer_and_its_adapters(llama):
     text = repr(adapt(llama, target_modules=["q_proj"]))
-    assert "mixlora.MixLoraLayer(" in text and "mixlora_router_A" in text and "base_layer" in text
+    assert "mixlora.MixLoraLinear(" in text and "mixlora_router_A" in text and "base_layer" in text
 
 
 def test_routes_tell_what_every_layer_chose(llama):
@@ -371,3 +564,16 @@ def test_rank_above_the_pool_is_refused_before_any_layer_changes(llama):
     with pytest.raises(MixLoraError, match="rank_pattern"):
         get_peft_model(llama, config(rank_pattern={"q_proj": 7}))
     assert not any(isinstance(module, MixLoraLayer) for module in llama.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_frozen_routers_are_frozen_on_a_base_of_any_precision(llama, dtype):
+    model = get_peft_model(llama.to(dtype), config(router_gradient="none"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all("mixlora_A" in name or "mixlora_B" in name for name in trained)
+
+
+def test_adapter_loaded_for_inference_trains_on_no_precision(llama, tmp_path):
+    get_peft_model(copy.deepcopy(llama), config()).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama.to(torch.bfloat16), tmp_path)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())

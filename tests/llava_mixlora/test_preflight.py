@@ -1,12 +1,21 @@
 """Bad input is named in one line before a model is loaded."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from llava_mixlora import MixLoraError
-from llava_mixlora.preflight import check_images, check_training_inputs, check_writable, read_conversations
+from llava_mixlora.preflight import (
+    check_images,
+    check_quantization,
+    check_training_inputs,
+    check_writable,
+    read_conversations,
+)
 
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."}]
 
 
@@ -125,6 +134,20 @@ def test_well_formed_data_is_returned(run):
     assert [sample["conversations"] for sample in read_conversations(run["data_path"])] == [TURNS, TURNS]
 
 
+@pytest.mark.parametrize("processes", [None, "1", "2"])
+def test_each_process_needs_a_conversation(run, monkeypatch, processes):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    check(run)
+
+
+def test_more_processes_than_conversations_are_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    message = message_of(check, run)
+    assert f"{run['data_path']}: expected at least one conversation for each of 3 processes, got 2" in message
+
+
 def test_first_missing_image_is_named_with_its_entry_and_their_number(run):
     names = ["1.png", "gone/b.png", "gone/a.png", "gone/b.png"]
     samples = [{"image": name, "conversations": TURNS} for name in names]
@@ -151,3 +174,63 @@ def test_output_folder_in_use_is_kept(tmp_path):
 
 def test_read_only_place_is_named():
     assert "cannot be written" in message_of(check_writable, "/proc/llava-mixlora")
+
+
+@pytest.mark.parametrize("bits", ["3", "0", "-4", "four", "4.0"])
+@pytest.mark.parametrize("enabled", ["True", "False"])
+def test_other_bits_than_4_8_and_16_are_named_for_every_adapter(run, bits, enabled):
+    message = message_of(check, run, bits=bits, mixlora_enable=enabled)
+    assert f"--bits {bits}: expected 4 or 8" in message and "16" in message
+
+
+@pytest.mark.parametrize("bits", ["4", "8", "16"])
+def test_bits_that_upstream_knows_pass(bits):
+    check_quantization(["--bits", bits])
+    check_quantization([f"--bits={bits}"])
+    check_quantization([])
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_missing_bitsandbytes_is_named_with_how_to_install_it(monkeypatch, bits):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
+    message = message_of(check_quantization, ["--bits", bits])
+    assert f"--bits {bits}" in message and "pip install 'llava-mixlora[qlora]'" in message
+    check_quantization(["--bits", "16"])
+
+
+@pytest.fixture
+def deepspeed(tmp_path):
+    """Writes a DeepSpeed configuration; gives its path."""
+
+    def deepspeed(content):
+        (tmp_path / "zero.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(tmp_path / "zero.json")
+
+    return deepspeed
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_zero_3_with_quantized_weights_is_named(deepspeed, bits):
+    config = deepspeed({"zero_optimization": {"stage": 3}})
+    message = message_of(check_quantization, ["--bits", bits, "--deepspeed", config])
+    assert f"--bits {bits}" in message and config in message and "ZeRO-3" in message and "zero2.json" in message
+
+
+@pytest.mark.parametrize("content", [{"zero_optimization": {"stage": 2}}, {"zero_optimization": True}, {}])
+def test_other_zero_stages_pass_with_quantized_weights(deepspeed, content):
+    check_quantization(["--bits=4", f"--deepspeed={deepspeed(content)}"])
+    check_quantization(["--bits=4", f"--deepspeed={SCRIPTS / 'zero2.json'}"])
+
+
+def test_zero_3_passes_with_16_bit_weights(deepspeed):
+    check_quantization(["--deepspeed", deepspeed({"zero_optimization": {"stage": 3}})])
+
+
+@pytest.mark.parametrize("content, named", [("{", "not valid JSON"), ("[]", "got list")])
+def test_damaged_deepspeed_configuration_is_named(deepspeed, content, named):
+    assert named in message_of(check_quantization, ["--bits=4", "--deepspeed", deepspeed(content)])
+
+
+def test_missing_deepspeed_configuration_is_named():
+    message = message_of(check_quantization, ["--bits=4", "--deepspeed", "no/zero.json"])
+    assert "--deepspeed no/zero.json: no such file" in message

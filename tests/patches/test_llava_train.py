@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
 from peft import LoraConfig
 
@@ -109,6 +110,17 @@ def test_bad_flag_is_named_before_anything_is_loaded(parse, flags, named):
 
 def test_bad_mixlora_values_do_not_matter_without_mixlora(parse):
     assert not parse("--lora_enable", "--lora_r", "64").mixlora_enable
+
+
+def test_local_rank_is_the_launchers(parse, monkeypatch):
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert parse().local_rank == 0  # train() saves where it is 0 or -1
+    finally:
+        torch.distributed.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_flags_that_transformers_renamed_still_work(parse):

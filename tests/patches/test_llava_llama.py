@@ -1,0 +1,63 @@
+"""Loading a quantized LLaVA: what is quantized, and what stays as it was."""
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from transformers import BitsAndBytesConfig
+
+BUILDER_4BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
+TRAIN_4BIT = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["mm_projector"])
+
+
+@pytest.fixture(scope="module")
+def folder(_llava, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llava")
+    _llava.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def load(patched, folder, caplog):
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    caplog.set_level("ERROR", logger="transformers.modeling_utils")  # the checkpoint holds the vision tower twice
+
+    def load(**how):
+        return LlavaLlamaForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, **how)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "how, layer",
+    [
+        ({"load_in_8bit": True}, Linear8bitLt),
+        ({"load_in_4bit": True, "quantization_config": BUILDER_4BIT}, Linear4bit),
+    ],
+)
+def test_builders_flags_quantize_the_decoder_and_leave_the_rest_in_float16(load, how, layer):
+    model = load(**how)
+    assert isinstance(model.model.layers[0].mlp.up_proj, layer)
+    assert type(model.lm_head) is torch.nn.Linear
+    projector = [module for module in model.model.mm_projector if isinstance(module, torch.nn.Linear)]
+    assert len(projector) == 2 and all(type(module) is torch.nn.Linear for module in projector)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float16}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_trainings_flags_keep_their_dtype_and_the_projector(load, dtype):
+    model = load(torch_dtype=dtype, quantization_config=TRAIN_4BIT, load_in_4bit=True, load_in_8bit=False)
+    assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+    assert type(model.model.mm_projector[0]) is torch.nn.Linear
+    assert model.model.norm.weight.dtype == (dtype or torch.float32)
+
+
+def test_callers_configuration_is_left_as_it_was(load):
+    load(quantization_config=TRAIN_4BIT)
+    assert TRAIN_4BIT.llm_int8_skip_modules == ["mm_projector"]
+
+
+def test_without_quantization_nothing_changes(load):
+    model = load()
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert model.model.norm.weight.dtype == torch.float32
