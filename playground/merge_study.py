@@ -75,12 +75,14 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
             of_task = [question for question in questions if question["task"] == task]
             with _merged(adapter, base, TASK_METHOD, _calibration(arguments, task)) as (folders, _):
                 notes.take(f"task {task}", partial(accuracy, folders[TASK_METHOD], of_task))
-    _train_lora(arguments.lora, base, data, rank, arguments)
-    notes.take("lora", lambda: accuracy(arguments.lora))
+    if not arguments.without_lora:
+        _train_lora(arguments.lora, base, data, rank, arguments)
+        notes.take("lora", lambda: accuracy(arguments.lora))
     found = notes.taken
     rows = {name: found[name] for name in ("dynamic", *METHODS)}
     rows["per task"] = {task: found[f"task {task}"][task] for task in tasks}
-    rows[f"LoRA rank {rank}"] = found["lora"]
+    if "lora" in found:
+        rows[f"LoRA rank {rank}"] = found["lora"]
     return {
         **settings,
         "accuracy": {name: {task: round(value, 2) for task, value in row.items()} for name, row in rows.items()},
@@ -202,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="data and base model (default: %(default)s)")
     parser.add_argument("--lora", type=Path, default=HERE / "output" / "llava-v1-tiny-lora", help="plain LoRA's folder")
+    parser.add_argument("--without-lora", action="store_true", help="do not train and ask the plain LoRA")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "merge.json", help="file to write")
     parser.add_argument("--samples", type=int, default=1000, help="to calibrate on (default: %(default)s)")
     parser.add_argument("--questions", type=int, help="at most so many of each task")

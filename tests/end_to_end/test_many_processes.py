@@ -128,6 +128,8 @@ def assert_same_adapter(folder, expected_folder):
     assert adapter.keys() == expected.keys()
     for name, tensor in expected.items():  # whole numbers, the counts, have no tolerance
         tolerance = {"atol": 1e-6, "rtol": 1e-5} if tensor.is_floating_point() else {"atol": 0, "rtol": 0}
+        if "moments" in name:  # sums of squares: entries near zero are differences of large numbers
+            tolerance = {"atol": 1e-5 * float(tensor.abs().max()), "rtol": 0}
         torch.testing.assert_close(adapter[name], tensor, **tolerance, msg=name)
 
 
