@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from . import training
-from .training import SCRIPTS, environment, program
+from .training import SCRIPTS, environment, program, write_inputs
 
 RUN = ["llava_mixlora", *training.RUN]
 WORDS = ["red", "green", "blue", "circle", "square", "red", "green", "blue"]
@@ -29,50 +28,28 @@ def inputs(tmp_path_factory, _llava, clip_folder, tokenizer_folder):
     """A random LLaVA and sixteen pictures to describe, as flags of llava.train.train.
 
     Logits are small, for bfloat16 to tell losses apart by less than 1e-3; answers have equally many tokens, because the
-    loss is a mean over tokens; there is no dropout, whose draws differ between one process and two; and Adam's epsilon
-    is large, because it would make full steps of what is rounding noise in a gradient.
+    loss is a mean over tokens; and Adam's epsilon is large, because it would make full steps of what is rounding noise
+    in a gradient.
     """
-    place = tmp_path_factory.mktemp("inputs")
     config = type(_llava.config)(**{**_llava.config.to_dict(), "initializer_range": 0.05})
     torch.manual_seed(4)
-    type(_llava)(config).save_pretrained(place / "llava")
-    for file in tokenizer_folder.iterdir():
-        shutil.copy(file, place / "llava")
-    samples = []
-    for number in range(2 * BATCH):
-        Image.new("RGB", (16, 16), (15 * number, 0, 255 - 15 * number)).save(place / f"{number}.png")
-        start = number % len(WORDS)
-        turns = [("human", "<image>\nwhat color is the shape?"), ("gpt", " ".join(WORDS[start:] + WORDS[:start]))]
-        conversation = [{"from": speaker, "value": text} for speaker, text in turns]
-        samples.append({"id": str(number), "image": f"{number}.png", "conversations": conversation})
-    (place / "train.json").write_text(json.dumps(samples))
+    llava = type(_llava)(config)
+    starts = [number % len(WORDS) for number in range(2 * BATCH)]
+    answers = [" ".join(WORDS[start:] + WORDS[:start]) for start in starts]
     flags = {
         "mixlora_enable": True,
         "mixlora_num_factors": 16,  # large enough for ZeRO-3 to partition the factors
-        "model_name_or_path": place / "llava",
-        "version": "llava_v1",
-        "data_path": place / "train.json",
-        "image_folder": place,
-        "vision_tower": clip_folder,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "mm_use_im_patch_token": False,
         "max_steps": STEPS,
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
         "adam_epsilon": 1.0,
-        "model_max_length": 256,
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": STEPS // 2,
-        "report_to": "none",
-        "lora_r": 2,
-        "lora_dropout": 0.0,
-        "use_cpu": True,
-        "seed": 0,
     }
-    return [f"--{name}={value}" for name, value in flags.items()]
+    common = write_inputs(tmp_path_factory.mktemp("inputs"), llava, clip_folder, tokenizer_folder, answers)
+    return [*common, *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def start(words):
