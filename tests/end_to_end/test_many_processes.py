@@ -18,8 +18,10 @@ from .training import SCRIPTS, environment, program, write_inputs
 RUN = ["llava_mixlora", *training.RUN]
 WORDS = ["red", "green", "blue", "circle", "square", "red", "green", "blue"]
 STEPS, BATCH = 4, 8
-# In bfloat16 the projector is frozen: one process trains it in bfloat16 itself, DeepSpeed a float32 copy of it.
-DTYPES = {"float32": ["--bf16=False"], "bfloat16": ["--bf16=True", "--freeze_mm_mlp_adapter=True"]}
+DTYPES = {"float32": ["--bf16=False"], "bfloat16": ["--bf16=True", "--learning_rate=0.02"]}
+# Gradients in bfloat16 depend by about 0.4% on how a batch is cut, in one process as in two, and that can turn a route:
+# one process then takes the micro-batches of the two.
+MICRO_BATCHES_OF_ONE = {"float32": 1, "bfloat16": 4}
 LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
@@ -70,8 +72,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def one_process():
-    return [sys.executable, "-m"], [f"--per_device_train_batch_size={BATCH}"]
+def one_process(micro_batches):
+    flags = [f"--per_device_train_batch_size={BATCH // micro_batches}"]
+    return [sys.executable, "-m"], [*flags, f"--gradient_accumulation_steps={micro_batches}"]
 
 
 def two_processes(how):
@@ -89,7 +92,7 @@ def trained(inputs, tmp_path_factory):
 
     @functools.cache
     def trained(how, dtype):
-        launcher, flags = one_process() if how == "alone" else two_processes(how)
+        launcher, flags = one_process(MICRO_BATCHES_OF_ONE[dtype]) if how == "alone" else two_processes(how)
         output = tmp_path_factory.mktemp("trained") / "llava-mixlora"
         return train(launcher, inputs, output, *flags, *DTYPES[dtype])
 
@@ -120,7 +123,7 @@ def assert_same_projector(folder, expected_folder):
 @pytest.mark.parametrize("how", ["torchrun", "zero2", "zero3", "zero3_offload"])
 def test_loss_curve_of_two_processes_is_that_of_one(trained, how, dtype):
     curve, expected = losses(trained(how, dtype)), losses(trained("alone", dtype))
-    assert len(expected) == STEPS and expected[0] - expected[-1] > 100 * LOSS_TOLERANCE[dtype]
+    assert len(expected) == STEPS and expected[0] - expected[-1] > 50 * LOSS_TOLERANCE[dtype]
     torch.testing.assert_close(curve, expected, atol=LOSS_TOLERANCE[dtype], rtol=0)
 
 
