@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.utils.cpp_extension import get_default_build_root
 from tqdm import tqdm
 from transformers.hf_argparser import string_to_bool
 
@@ -26,6 +27,7 @@ def check_training_inputs(argv: Sequence[str]) -> None:
             output cannot be written, or the weights cannot be quantized as asked.
     """
     check_quantization(argv)
+    note_compiler_locks(argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--mixlora_enable", nargs="?", const=True, default=False, type=string_to_bool)
     for flag in ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "output_dir"):
@@ -83,6 +85,18 @@ def _zero_stage(deepspeed_config: str) -> Any:
         )
     zero = read_json(Path(deepspeed_config)).get("zero_optimization")
     return zero.get("stage") if isinstance(zero, dict) else None
+
+
+def note_compiler_locks(argv: Sequence[str]) -> None:
+    """Name the locks that PyTorch's compiler of extensions, which DeepSpeed uses, waits for without a word.
+
+    A process that is killed while it compiles leaves its lock behind, and every later run waits for ever.
+    """
+    if not any(word.partition("=")[0] == "--deepspeed" for word in argv):
+        return
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in sorted(root.glob("**/lock")):
+        print(f"note: {lock} exists: something is compiling for DeepSpeed, or was killed while it did; then remove it")
 
 
 def check_model_path(flag: str, value: str | None) -> None:

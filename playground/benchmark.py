@@ -1,4 +1,4 @@
-"""What MixLoRA costs beside LoRA: every variant in one process, taking turns, medians.
+"""What MixLoRA costs beside LoRA: every variant in one process, taking turns; medians, and ratios within a round.
 
     python -m playground.benchmark layer|decode|train|all [--rounds 15] [--output playground/results/benchmark_cpu.json]
     python -m playground.benchmark show     # the stored figures as the Markdown table of the README
@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,18 @@ def layer(rounds: int) -> Results:
             variants = _layer_variants(d_in, d_out, E, r)
 
             steps = {name: partial(_step, module, x) for name, module in variants.items()}
-            milliseconds = _take_turns(steps, rounds, f"{d_in}x{d_out}, E={E}")
+            times = _take_turns(steps, rounds, f"{d_in}x{d_out}, E={E}")
             for name, module in variants.items():
                 results.append(
                     {
                         "case": f"{d_in}x{d_out}, S={positions}, E={E}, r={r}",
                         "variant": name,
-                        "milliseconds": milliseconds[name],
+                        **times[name],
                         "saved_bytes": _saved_bytes(module, x),
                         "peak_bytes": _peak_bytes(module, x),
                     }
                 )
-    return _with_ratios(results, ("milliseconds", "saved_bytes", "peak_bytes"))
+    return _with_ratios(results, ("saved_bytes", "peak_bytes"))
 
 
 def decode(rounds: int) -> Results:
@@ -107,12 +108,9 @@ def decode(rounds: int) -> Results:
                 cache.crop(-1)  # the token is forgotten, so that every round decodes the same position
 
             steps[name] = step
-        milliseconds = _take_turns(steps, 4 * rounds, f"decode, E={E}")
-        results += [
-            {"case": f"decode, E={E}, r={r}", "variant": name, "milliseconds": value}
-            for name, value in milliseconds.items()
-        ]
-    return _with_ratios(results, ("milliseconds",))
+        times = _take_turns(steps, 4 * rounds, f"decode, E={E}")
+        results += [{"case": f"decode, E={E}, r={r}", "variant": name, **values} for name, values in times.items()]
+    return results
 
 
 def train(rounds: int) -> Results:
@@ -133,12 +131,9 @@ def train(rounds: int) -> Results:
             optimizer.zero_grad(set_to_none=True)
 
         steps[name] = step
-    milliseconds = _take_turns(steps, rounds, "training step")
+    times = _take_turns(steps, rounds, "training step")
     case = "training step, playground LLaVA, batch 48, E=16, r=4"
-    return _with_ratios(
-        [{"case": case, "variant": name, "milliseconds": value} for name, value in milliseconds.items()],
-        ("milliseconds",),
-    )
+    return [{"case": case, "variant": name, **values} for name, values in times.items()]
 
 
 BENCHMARKS: dict[str, Callable[[int], Results]] = {"layer": layer, "decode": decode, "train": train}
@@ -248,17 +243,28 @@ def _playground_model(adapter: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, batch
 
 
-def _take_turns(steps: dict[str, Callable[[], None]], rounds: int, title: str) -> dict[str, float]:
-    """Median milliseconds of each step; the steps take turns, so that a slow spell of the machine hits them all."""
+def _take_turns(steps: dict[str, Callable[[], None]], rounds: int, title: str) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each step, and the median of its ratios to the reference's step of the same round.
+
+    A slow spell of the machine is longer than a round, so it hits both sides of a ratio. The order of the steps turns
+    by one each round: none follows the same other step, and its leavings in the processor's caches, every time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    warm_up = 3
+    warm_up, names = 3, list(steps)
     for number in tqdm(range(warm_up + rounds), desc=title, unit="round"):
-        for name, step in steps.items():
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
             started = time.perf_counter()
-            step()
+            steps[name]()
             if number >= warm_up:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: round(1000 * statistics.median(values), 3) for name, values in seconds.items()}
+    return {
+        name: {
+            "milliseconds": round(1000 * statistics.median(values), 3),
+            "milliseconds_ratio": round(statistics.median(map(truediv, values, seconds[REFERENCE])), 3),
+        }
+        for name, values in seconds.items()
+    }
 
 
 def _saved_bytes(module: nn.Module, x: Tensor) -> int:

@@ -10,17 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from . import training
-from .training import SCRIPTS, environment, program
+from .training import SCRIPTS, environment, program, write_inputs
 
 RUN = ["llava_mixlora", *training.RUN]
 WORDS = ["red", "green", "blue", "circle", "square", "red", "green", "blue"]
 STEPS, BATCH = 4, 8
-DTYPES = {"float32": ["--bf16=False"], "bfloat16": ["--bf16=True"]}
-LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
+IN_BFLOAT16 = ["--bf16=True", "--learning_rate=0.02"]
+PRECISIONS = {"float32": ["--bf16=False"], "bfloat16": IN_BFLOAT16, "4-bit": ["--bits=4", *IN_BFLOAT16]}
+LAUNCHES = ["torchrun", "zero2", "zero3", "zero3_offload"]
+# Gradients in bfloat16 depend by about 0.4% on how a batch is cut, in one process as in two, and that can turn a route:
+# one process then takes the micro-batches of the two.
+MICRO_BATCHES_OF_ONE = {"float32": 1, "bfloat16": 4, "4-bit": 4}
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3, "4-bit": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -28,50 +32,28 @@ def inputs(tmp_path_factory, _llava, clip_folder, tokenizer_folder):
     """A random LLaVA and sixteen pictures to describe, as flags of llava.train.train.
 
     Logits are small, for bfloat16 to tell losses apart by less than 1e-3; answers have equally many tokens, because the
-    loss is a mean over tokens; there is no dropout, whose draws differ between one process and two; and Adam's epsilon
-    is large, because it would make full steps of what is rounding noise in a gradient.
+    loss is a mean over tokens; and Adam's epsilon is large, because it would make full steps of what is rounding noise
+    in a gradient.
     """
-    place = tmp_path_factory.mktemp("inputs")
     config = type(_llava.config)(**{**_llava.config.to_dict(), "initializer_range": 0.05})
     torch.manual_seed(4)
-    type(_llava)(config).save_pretrained(place / "llava")
-    for file in tokenizer_folder.iterdir():
-        shutil.copy(file, place / "llava")
-    samples = []
-    for number in range(2 * BATCH):
-        Image.new("RGB", (16, 16), (15 * number, 0, 255 - 15 * number)).save(place / f"{number}.png")
-        start = number % len(WORDS)
-        turns = [("human", "<image>\nwhat color is the shape?"), ("gpt", " ".join(WORDS[start:] + WORDS[:start]))]
-        conversation = [{"from": speaker, "value": text} for speaker, text in turns]
-        samples.append({"id": str(number), "image": f"{number}.png", "conversations": conversation})
-    (place / "train.json").write_text(json.dumps(samples))
+    llava = type(_llava)(config)
+    starts = [number % len(WORDS) for number in range(2 * BATCH)]
+    answers = [" ".join(WORDS[start:] + WORDS[:start]) for start in starts]
     flags = {
         "mixlora_enable": True,
         "mixlora_num_factors": 16,  # large enough for ZeRO-3 to partition the factors
-        "model_name_or_path": place / "llava",
-        "version": "llava_v1",
-        "data_path": place / "train.json",
-        "image_folder": place,
-        "vision_tower": clip_folder,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_select_layer": -2,
-        "mm_use_im_patch_token": False,
         "max_steps": STEPS,
         "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch",
         "adam_epsilon": 1.0,
-        "model_max_length": 256,
         "logging_steps": 1,
         "save_strategy": "steps",
         "save_steps": STEPS // 2,
-        "report_to": "none",
-        "lora_r": 2,
-        "lora_dropout": 0.0,
-        "use_cpu": True,
-        "seed": 0,
     }
-    return [f"--{name}={value}" for name, value in flags.items()]
+    common = write_inputs(tmp_path_factory.mktemp("inputs"), llava, clip_folder, tokenizer_folder, answers)
+    return [*common, *(f"--{name}={value}" for name, value in flags.items())]
 
 
 def start(words):
@@ -92,8 +74,9 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def one_process():
-    return [sys.executable, "-m"], [f"--per_device_train_batch_size={BATCH}"]
+def one_process(micro_batches):
+    flags = [f"--per_device_train_batch_size={BATCH // micro_batches}"]
+    return [sys.executable, "-m"], [*flags, f"--gradient_accumulation_steps={micro_batches}"]
 
 
 def two_processes(how):
@@ -110,10 +93,10 @@ def trained(inputs, tmp_path_factory):
     """The output folder of a run, which takes place once."""
 
     @functools.cache
-    def trained(how, dtype):
-        launcher, flags = one_process() if how == "alone" else two_processes(how)
+    def trained(how, precision):
+        launcher, flags = one_process(MICRO_BATCHES_OF_ONE[precision]) if how == "alone" else two_processes(how)
         output = tmp_path_factory.mktemp("trained") / "llava-mixlora"
-        return train(launcher, inputs, output, *flags, *DTYPES[dtype])
+        return train(launcher, inputs, output, *flags, *PRECISIONS[precision])
 
     return trained
 
@@ -140,15 +123,17 @@ def assert_same_projector(folder, expected_folder):
         torch.testing.assert_close(projector[name], tensor, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("how", ["torchrun", "zero2", "zero3", "zero3_offload"])
-def test_loss_curve_of_two_processes_is_that_of_one(trained, how, dtype):
-    curve, expected = losses(trained(how, dtype)), losses(trained("alone", dtype))
-    assert len(expected) == STEPS and expected[0] - expected[-1] > 100 * LOSS_TOLERANCE[dtype]
-    torch.testing.assert_close(curve, expected, atol=LOSS_TOLERANCE[dtype], rtol=0)
+@pytest.mark.parametrize(
+    ("how", "precision"),
+    [*((how, precision) for how in LAUNCHES for precision in ("float32", "bfloat16")), ("zero2", "4-bit")],
+)
+def test_loss_curve_of_two_processes_is_that_of_one(trained, how, precision):
+    curve, expected = losses(trained(how, precision)), losses(trained("alone", precision))
+    assert len(expected) == STEPS and expected[0] - expected[-1] > 20 * LOSS_TOLERANCE[precision]
+    torch.testing.assert_close(curve, expected, atol=LOSS_TOLERANCE[precision], rtol=0)
 
 
-@pytest.mark.parametrize("how", ["torchrun", "zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("how", LAUNCHES)
 def test_what_two_processes_save_is_what_one_saves(trained, how):
     output, expected = trained(how, "float32"), trained("alone", "float32")
     assert_same_adapter(output, expected)

@@ -12,6 +12,7 @@ from llava_mixlora.preflight import (
     check_quantization,
     check_training_inputs,
     check_writable,
+    note_compiler_locks,
     read_conversations,
 )
 
@@ -234,3 +235,15 @@ def test_damaged_deepspeed_configuration_is_named(deepspeed, content, named):
 def test_missing_deepspeed_configuration_is_named():
     message = message_of(check_quantization, ["--bits=4", "--deepspeed", "no/zero.json"])
     assert "--deepspeed no/zero.json: no such file" in message
+
+
+@pytest.mark.parametrize("flags", [["--deepspeed", "zero2.json"], ["--deepspeed=zero2.json"], []])
+def test_lock_that_deepspeed_would_wait_for_is_named(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    note_compiler_locks(flags)
+    assert capsys.readouterr().out == ""
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    note_compiler_locks(flags)
+    assert (str(lock) in capsys.readouterr().out) == bool(flags)
