@@ -87,7 +87,6 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         "settings",
         "mixlora_dropout",
         "last_routes",
-        "static_updates",
         "mixlora_stats_usage",
         "mixlora_stats_moments",
     )
@@ -110,10 +109,8 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.last_routes: dict[str, Route] = {}
         self.observer: Observer | None = None
-        self.static_updates: dict[str, tuple[Tensor, Tensor]] = {}
-        self._unmerged_weight: list[
-            nn.Parameter
-        ] = []  # not an attribute of its own, which would be the layer's parameter
+        # In a list, because an attribute of its own would become the layer's parameter.
+        self._unmerged_weight: list[nn.Parameter] = []
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         self.merged_adapters = []
@@ -274,13 +271,11 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
     def static_update(self, adapter: str) -> tuple[Tensor, Tensor]:
         """What merging puts in the place of an adapter's update, as a LoRA: down [E, d_in] and up [d_out, E].
 
-        It is what was put into `static_updates` (see `calibration`), else `lstsq` of what training has summed.
+        It is [`lstsq_core`] of what training has summed.
 
         Raises:
-            MixLoraError: there is neither, and the adapter has an effect.
+            MixLoraError: training has summed nothing, and the adapter has an effect.
         """
-        if adapter in self.static_updates:
-            return self.static_updates[adapter]
         moments, settings = self.moments(adapter), self.settings[adapter]
         factors_A, factors_B = self.mixlora_A[adapter].detach(), self.mixlora_B[adapter].detach()
         if moments.core.any():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,20 +59,24 @@ def check_room(flag: str, output: Path, needed: int) -> None:
 def new_folder(flag: str, output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its place when the body is done, and is gone when the body fails.
 
+    Only a killed process leaves it, as `.NAME.unfinished`; the next one for the same `output` removes it first.
+
     Raises:
         MixLoraError: it cannot be written; `flag` is what `output` was given as.
     """
-    partial = output.absolute().with_name(f".{output.absolute().name}.partial-{os.getpid()}")
+    output = output.absolute()
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
+        unfinished.mkdir(parents=True)
+        yield unfinished
         if output.exists():
             output.rmdir()
-        partial.rename(output.absolute())
+        unfinished.rename(output)
     except OSError as error:
         raise MixLoraError(f"{flag} {output} cannot be written ({error.strerror}); choose another") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _gigabytes(size: int) -> str:

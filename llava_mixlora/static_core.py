@@ -57,17 +57,16 @@ def instance_moments(z: Tensor, core: Tensor, attended: Tensor | None = None) ->
     """The [`Moments`] of one forward pass, in float64, [4, E, E].
 
     `z` [B, S, E], `core` [B, E, E]; `attended` bool [B, S], False at padding, which does not count; None: no padding.
-    Products over positions are made in float32 at least, sums over instances in float64.
+    Those of one instance are made in float32 at least, sums over instances in float64.
     """
     dtype = torch.promote_types(z.dtype, torch.float32)
-    z = z.to(dtype)
+    z, core = z.to(dtype), core.to(dtype)
     if attended is not None:
         z = z * attended.unsqueeze(-1)
-    gram = torch.bmm(z.transpose(1, 2), z).double()  # [B, E, E]
-    core = core.double()
+    gram = torch.bmm(z.transpose(1, 2), z)  # [B, E, E]
     cross = torch.bmm(gram, core)
     power = torch.bmm(core.transpose(1, 2), cross)
-    return torch.stack((core, gram, cross, power)).sum(dim=1)
+    return torch.stack((core, gram, cross, power)).sum(dim=1, dtype=torch.float64)
 
 
 def instance_input_moments(x: Tensor, z: Tensor, core: Tensor, attended: Tensor | None = None) -> InputMoments:

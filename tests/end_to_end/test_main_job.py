@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "finetune_mixlora.sh"
 QLORA_SCRIPT = ROOT / "scripts" / "finetune_mixlora_qlora.sh"
+MERGE_SCRIPT = ROOT / "scripts" / "merge_mixlora.sh"
 TASKS = 12
 CACHED = (
     "1/4 pictures and questions: cached",
@@ -108,17 +109,37 @@ def test_both_loaders_give_identical_logits(finished, loaded):
 
 def test_upstreams_cli_answers(finished):
     place, _ = finished
+    done = ask_cli(place, place / "llava-v1-out", "-m", "llava_mixlora", "run")
+    assert done.returncode == 0, done.stderr
+    assert "ASSISTANT: " in done.stdout and done.stdout.rstrip().endswith("exit...")
+
+
+def ask_cli(place, model, *plugin):
+    """One question to upstream's command line."""
     image = next((place / "cache" / "data" / "images").glob("shape-heldout-*.png"))
-    done = subprocess.run(
-        [sys.executable, "-m", "llava_mixlora", "run", "-m", "llava.serve.cli"]
-        + ["--model-path", str(place / "llava-v1-out"), "--image-file", str(image), "--device", "cpu"]
-        + ["--max-new-tokens", "4"],
+    words = ["--model-path", str(model), "--image-file", str(image), "--device", "cpu", "--max-new-tokens", "4"]
+    return subprocess.run(
+        [sys.executable, *plugin, "-m", "llava.serve.cli", *words],
         input="what color is the shape?\n\n",
         capture_output=True,
         text=True,
     )
+
+
+def test_merge_script_makes_a_checkpoint_that_answers_without_the_plugin(finished, tmp_path):
+    place, _ = finished
+    base, data, merged = place / "cache" / "llava-v1-tiny", place / "cache" / "data", tmp_path / "llava-v1-merged"
+    words = ["--model-path", place / "llava-v1-out", "--model-base", base, "--save-model-path", merged]
+    words += ["--calibration", data / "train.json", "--image-folder", data / "images", "--samples", "24"]
+    words += ["--version", "llava_v1"]
+    done = subprocess.run(["bash", str(MERGE_SCRIPT), *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "same token" in done.stdout
+    assert json.loads((merged / "merge_report.json").read_text())["samples"] == {"calibration": 22, "held out": 2}
+    assert not any("mixlora" in name for name in load_file(merged / "model.safetensors"))
+    done = ask_cli(place, merged)
     assert done.returncode == 0, done.stderr
-    assert "ASSISTANT: " in done.stdout and done.stdout.rstrip().endswith("exit...")
+    assert "ASSISTANT: " in done.stdout
 
 
 def test_run_interrupted_while_training_goes_on_with_training(finished):

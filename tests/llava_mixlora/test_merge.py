@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -331,6 +332,28 @@ def test_interrupted_merging_leaves_no_folder(adapter, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         merge.merge(adapter, None, tmp_path / "out")
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_killed_merging_leaves_nothing_that_looks_finished_and_the_next_clears_up(adapter, tmp_path):
+    program = """
+import os, signal, sys
+from llava_mixlora import merge
+merge.SHARD_SIZE, save_file = 20_000, merge.save_file
+def save(tensors, file, metadata):
+    save_file(tensors, file, metadata)
+    if file.name == "shard-2":
+        os.kill(os.getpid(), signal.SIGKILL)
+merge.save_file = save
+merge.merge(sys.argv[1], None, sys.argv[2])
+"""
+    output = tmp_path / "llava-merged"
+    done = subprocess.run([sys.executable, "-c", program, str(adapter), str(output)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".") and {file.name for file in left.iterdir()} >= {"shard-1", "shard-2"}
+    assert not (left / "model.safetensors").exists() and not list(left.glob("*.index.json"))
+    merge.merge(adapter, None, output)
+    assert list(tmp_path.iterdir()) == [output]
 
 
 def test_broken_adapter_is_not_merged(adapter, tmp_path):
