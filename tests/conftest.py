@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -134,6 +135,15 @@ def _llava(patched, clip_folder):
     model = LlavaLlamaForCausalLM(config)
     model.get_vision_tower().load_model()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def llava_folder(_llava, tokenizer_folder, tmp_path_factory):
+    """The tiny LLaVA as a checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("llava-base")
+    _llava.save_pretrained(folder)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    return folder
 
 
 @pytest.fixture

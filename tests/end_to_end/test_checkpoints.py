@@ -103,20 +103,16 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(mixlora, tmp_path):
     assert not checkpoint.unfinished(output).exists()
 
 
-def test_plain_lora_goes_on_with_its_projector(inputs, tmp_path):
-    lora = Case(ALONE, inputs, tmp_path, *LORA, *ONE)
-    output = tmp_path / "llava-lora"
-    lora.kill(output, "step", after=5)
-    lora.finish(output)
-    assert_same(output, lora.uninterrupted)
-
-
-def test_killed_zero2_run_goes_on_as_if_nothing_had_happened(inputs, tmp_path):
-    zero2 = Case(DEEPSPEED, inputs, tmp_path, *MIXLORA, *ZERO2)
-    output = tmp_path / "llava-lora"
-    zero2.kill(output, "save", after=5)
-    zero2.finish(output)
-    assert_same(output, zero2.uninterrupted)
+@pytest.mark.parametrize(
+    ("launcher", "flags", "moment"),
+    [(ALONE, [*LORA, *ONE], "step"), (DEEPSPEED, [*MIXLORA, *ZERO2], "save")],
+    ids=["plain LoRA", "ZeRO-2"],
+)
+def test_killed_run_of_another_kind_goes_on_too(inputs, tmp_path, launcher, flags, moment):
+    case, output = Case(launcher, inputs, tmp_path, *flags), tmp_path / "llava-lora"
+    case.kill(output, moment, after=5)
+    case.finish(output)
+    assert_same(output, case.uninterrupted)
 
 
 def test_terminated_run_saves_and_a_damaged_checkpoint_is_skipped(mixlora, tmp_path):

@@ -18,6 +18,8 @@ SCRIPT = ROOT / "scripts" / "finetune_mixlora.sh"
 QLORA_SCRIPT = ROOT / "scripts" / "finetune_mixlora_qlora.sh"
 MERGE_SCRIPT = ROOT / "scripts" / "merge_mixlora.sh"
 TASKS = 12
+ONE_STEP = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
+ONE_STEP += ["--dataloader_num_workers", "0"]
 CACHED = (
     "1/4 pictures and questions: cached",
     "2/4 vision tower: cached",
@@ -205,19 +207,25 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: ") and "file" in done.stderr.splitlines()[-1]
 
 
+def own_model(place):
+    """The environment of a user with a model and data of his own, and no GPU."""
+    cache = place / "cache"
+    return {
+        "MODEL": str(cache / "llava-v1-tiny"),
+        "DATA_PATH": str(cache / "data" / "train.json"),
+        "IMAGE_FOLDER": str(cache / "data" / "images"),
+        "VISION_TOWER": str(cache / "tower"),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
 def test_your_own_model_and_data_train_through_the_same_script(finished, tmp_path):
     place, _ = finished
-    cache = place / "cache"
     done = finetune(
         place,
-        *("ifs", "4", "2", "--max_steps", "1", "--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"),
-        *("--gradient_accumulation_steps", "1", "--evaluation_strategy", "no"),
-        MODEL=str(cache / "llava-v1-tiny"),
-        DATA_PATH=str(cache / "data" / "train.json"),
-        IMAGE_FOLDER=str(cache / "data" / "images"),
-        VISION_TOWER=str(cache / "tower"),
+        *("ifs", "4", "2", *ONE_STEP, "--evaluation_strategy", "no"),
+        **own_model(place),
         OUTPUT_DIR=str(tmp_path / "own"),
-        CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "own" / "adapter_config.json").read_text())["lora_alpha"] == 8
@@ -241,18 +249,12 @@ def test_qlora_script_does_the_same_job_on_4_bit_weights(finished):
 
 def test_qlora_script_trains_your_own_model_and_your_flags_win(finished, patched, tmp_path):
     place, _ = finished
-    cache = place / "cache"
     done = finetune(
         place,
-        *("ifs", "4", "2", "--bits", "8", "--max_steps", "1", "--per_device_train_batch_size", "2"),
-        *("--dataloader_num_workers", "0", "--gradient_accumulation_steps", "1"),
+        *("ifs", "4", "2", "--bits", "8", *ONE_STEP),
         script=QLORA_SCRIPT,
-        MODEL=str(cache / "llava-v1-tiny"),
-        DATA_PATH=str(cache / "data" / "train.json"),
-        IMAGE_FOLDER=str(cache / "data" / "images"),
-        VISION_TOWER=str(cache / "tower"),
+        **own_model(place),
         OUTPUT_DIR=str(tmp_path / "own"),
-        CUDA_VISIBLE_DEVICES="",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     used = torch.load(tmp_path / "own" / "checkpoint-1" / "training_args.bin", weights_only=False)

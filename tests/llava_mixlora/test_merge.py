@@ -52,11 +52,8 @@ tokenizer.save_pretrained(sys.argv[3])
 
 
 @pytest.fixture(scope="module")
-def base(_llava, tokenizer_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llava-base")
-    _llava.save_pretrained(folder)
-    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-    return folder
+def base(llava_folder):
+    return llava_folder
 
 
 @pytest.fixture(autouse=True)

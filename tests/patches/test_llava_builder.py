@@ -17,12 +17,8 @@ NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 @pytest.fixture(scope="module")
-def base(_llava, tokenizer_folder, tmp_path_factory):
-    """The tiny LLaVA as a checkpoint with its tokenizer."""
-    folder = tmp_path_factory.mktemp("llava-base")
-    _llava.save_pretrained(folder)
-    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
-    return folder
+def base(llava_folder):
+    return llava_folder
 
 
 @pytest.fixture(autouse=True)
