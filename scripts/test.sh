@@ -20,6 +20,6 @@ fi
 # A file's tests share what they train, so they stay together; more than four processes would wait for the longest file.
 processes="$(nproc)"
 coverage erase
-coverage run -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist loadfile --durations 15
+coverage run -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist loadfile --no-loadscope-reorder --durations 15
 coverage combine --quiet
 coverage report --fail-under=85

@@ -30,7 +30,7 @@ CACHED = (
 
 def environment(place):
     chosen = {"TRIAL": "1", "CACHE_DIR": str(place / "cache"), "OUTPUT_DIR": str(place / "llava-v1-out")}
-    return {**os.environ, **chosen, "OMP_NUM_THREADS": "2"}
+    return {**os.environ, **chosen, "OMP_NUM_THREADS": "1"}
 
 
 def finetune(place, *words, script=SCRIPT, **variables):
