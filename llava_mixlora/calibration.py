@@ -13,10 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from .errors import MixLoraError
 from .fidelity import Agreement, ErrorsByLayer
 from .layer import MixLoraLayer, Observer
+from .loading import Loaded
 from .preflight import check_images, read_conversations
 from .routing_scope import IGNORE_INDEX
 from .static_adapter import PEFT_PREFIX, StaticUpdates, relative
@@ -108,27 +107,7 @@ def read_samples(given: CalibrationData, seed: int = 0) -> tuple[list[dict], lis
     return samples[held_out:], samples[:held_out]
 
 
-def load_dynamic(model_path: str | Path, model_base: str | Path) -> tuple[Any, Any, Any]:
-    """The adapter on its base through upstream's loader: tokenizer, model, image processor.
-
-    On a GPU in float16; without one in float32, or in bfloat16 where that would take more than half of the memory.
-    """
-    from . import patches
-
-    patches.apply()
-    from llava.model.builder import load_pretrained_model
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        str(model_path), str(model_base), "llava-mixlora", device=device
-    )
-    if device == "cpu":
-        size = 4 * sum(parameter.numel() for parameter in model.parameters())
-        model = model.float() if size < psutil.virtual_memory().total / 2 else model.bfloat16()
-    return tokenizer, model.eval(), image_processor
-
-
-def batches(samples: list[dict], loaded: tuple[Any, Any, Any], given: CalibrationData, title: str) -> Iterator[Batch]:
+def batches(samples: list[dict], loaded: Loaded, given: CalibrationData, title: str) -> Iterator[Batch]:
     """The samples as LLaVA's training prepares them, with the image features in the sequence: inputs of the model."""
     from llava import conversation
     from llava.train.train import DataArguments, make_supervised_data_module

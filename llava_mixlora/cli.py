@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctoring.add_argument("--json", action="store_true", help="print bytes as JSON")
     _add_merge(commands)
+    _add_eval(commands)
     return parser
 
 
@@ -149,6 +151,44 @@ def _add_merge(commands: Any) -> None:
         parser.add_argument("--samples", type=int, default=512, help="how many to draw from DATA (default: 512)")
         parser.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
         parser.add_argument("--batch-size", type=int, default=8, help="samples at a time (default: 8)")
+
+
+def _add_eval(commands: Any) -> None:
+    evaluating = _add_command(
+        commands,
+        _eval,
+        "answer the questions of a benchmark, and score the answers",
+        "Ask a model (a MixLoRA adapter, LLaVA's own LoRA or a whole LLaVA) all questions of a benchmark, in batches, "
+        "and score its answers. An interrupted run goes on where it stopped; under torchrun or accelerate launch the "
+        "processes share the questions.",
+        "llava-mixlora eval --model-path output/llava-mixlora --questions mm_tasks/text_vqa.jsonl --output scores",
+    )
+    evaluating.add_argument("--model-path", required=True, metavar="MODEL", help="folder of the adapter or model")
+    evaluating.add_argument("--model-base", metavar="BASE", help="the adapter's base (default: the one that it names)")
+    evaluating.add_argument(
+        "--questions",
+        required=True,
+        metavar="PATH",
+        help="the authors' JSON Lines, LLaVA's question file or training data, a folder of such files, or MME's folder",
+    )
+    evaluating.add_argument("--output", required=True, metavar="DIR", help="folder for answers and scores")
+    evaluating.add_argument("--image-folder", metavar="DIR", help="where images lie (default: beside the questions)")
+    evaluating.add_argument(
+        "--task", action="append", default=[], metavar="NAME", help="only this one; may be repeated"
+    )
+    evaluating.add_argument("--limit", type=_positive, metavar="N", help="at most so many questions of each task")
+    evaluating.add_argument("--batch-size", type=_positive, default=16, help="questions at a time (default: 16)")
+    evaluating.add_argument("--max-new-tokens", type=_positive, default=128, help="longest answer (default: 128)")
+    evaluating.add_argument("--conv-mode", default="llava_v1", help="conversation template (default: llava_v1)")
+    evaluating.add_argument("--bits", type=int, default=16, choices=(16, 8, 4), help="8 or 4: quantize the model")
+    evaluating.add_argument("--judge", metavar="LM", help="a causal language model that decides what is right as well")
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word}: expected a whole number of at least 1")
+    return number
 
 
 def _add_command(commands: Any, command: Callable[..., None], help: str, description: str, example: str) -> Any:
@@ -218,6 +258,20 @@ def _merge_arguments(arguments: argparse.Namespace) -> tuple[Any, ...]:
     elif given.task is not None:
         raise MixLoraError(f"--task {given.task} chooses among the samples of --calibration DATA, which is missing")
     return given.model_path, given.model_base, given.save_model_path, given.method, calibration
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from .questions import read_questions
+
+    given = arguments
+    questions = read_questions(given.questions, given.image_folder, given.task, given.limit)
+    from .evaluate import Asking, evaluate, table
+
+    asking = Asking(given.model_path, given.model_base, given.conv_mode, given.max_new_tokens, given.bits)
+    result = evaluate(asking, questions, Path(given.output), given.batch_size, given.judge)
+    if result is not None:
+        print(table(result))
+        print(f"\nWrote answers.jsonl, scores.json and scores.md to {given.output}")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

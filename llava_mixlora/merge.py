@@ -19,9 +19,10 @@ from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .adapter_folder import NON_LORA_TRAINABLES, base_model_of, read_non_lora_trainables
-from .calibration import CalibrationData, batches, calibrate, judge, load_dynamic, methods_for, read_samples
+from .calibration import CalibrationData, batches, calibrate, judge, methods_for, read_samples
 from .errors import MixLoraError
 from .fidelity import Fidelity
+from .loading import load_for_inference
 from .model_folders import base_folder, check_output, check_room, new_folder
 from .static_adapter import PEFT_PREFIX, SavedAdapter, StaticUpdates
 from .stored_weights import StoredWeights, read_json, weight_files
@@ -103,7 +104,7 @@ def static_updates(
     if calibration is None:
         return {method: adapter.static_updates(method)}, fidelity
     fit, held_out = read_samples(calibration)
-    loaded = load_dynamic(adapter.folder, base)
+    loaded = load_for_inference(adapter.folder, base)
     model = loaded[1]
     found = calibrate(model, lambda title: batches(fit, loaded, calibration, title), methods)
     fidelity.task, fidelity.samples = calibration.task, {"calibration": len(fit), "held out": len(held_out)}

@@ -1,11 +1,14 @@
 """What several tests do to the tiny models of conftest.py."""
 
 import torch
+from peft import get_peft_model
 from torch import nn
 
-from llava_mixlora import MixLoraLayer
+from llava_mixlora import MixLoraConfig, MixLoraLayer
+from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES
 
 VOCABULARY = 320
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.5) -> nn.Module:
@@ -27,3 +30,32 @@ def layers(model: nn.Module) -> dict[str, MixLoraLayer]:
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     """Token ids without special tokens."""
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(folder):
+    """The LLaVA in a checkpoint folder, without its vision tower."""
+    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+
+    return LlavaLlamaForCausalLM.from_pretrained(folder)
+
+
+def write_adapter(base, folder, trained=True, one_route=False):
+    """What upstream's train() writes after a MixLoRA run on `base`; the projector is trained too."""
+    from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
+
+    options = {"target_modules": LINEAR_LAYERS, "exclude_modules": NOT_THE_LANGUAGE_MODEL, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(plain(base), MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options))
+    randomise(model, scale=0.3)
+    if one_route:
+        for name, parameter in model.named_parameters():
+            if "router" in name or "cfs" in name:
+                parameter.data.zero_()
+    for seed in range(3 if trained else 0):
+        ids = random_ids(4, 12, seed=seed)
+        model.train()(input_ids=ids, labels=ids)
+    projector = {n: p.detach() + 0.1 for n, p in model.named_parameters() if "mm_projector" in n and "lora" not in n}
+    assert len(projector) == 4
+    model.config.save_pretrained(folder)
+    model.save_pretrained(folder)
+    torch.save(projector, folder / NON_LORA_TRAINABLES)
+    return folder

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "finetune_mixlora.sh"
 QLORA_SCRIPT = ROOT / "scripts" / "finetune_mixlora_qlora.sh"
 MERGE_SCRIPT = ROOT / "scripts" / "merge_mixlora.sh"
+EVAL_SCRIPT = ROOT / "scripts" / "eval_mixlora.sh"
+MME_SCRIPT = ROOT / "scripts" / "eval_mme.sh"
 TASKS = 12
 ONE_STEP = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
 ONE_STEP += ["--dataloader_num_workers", "0"]
@@ -142,6 +144,33 @@ def test_merge_script_makes_a_checkpoint_that_answers_without_the_plugin(finishe
     done = ask_cli(place, merged)
     assert done.returncode == 0, done.stderr
     assert "ASSISTANT: " in done.stdout
+
+
+def test_eval_script_scores_what_the_job_reports(finished):
+    place, _ = finished
+    out, data = place / "llava-v1-out", place / "cache" / "data"
+    words = [out, data / "heldout.json", "--image-folder", data / "images", "--limit", "3", "--max-new-tokens", "16"]
+    done = subprocess.run(["bash", str(EVAL_SCRIPT), *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = json.loads((out / "results" / "heldout" / "scores.json").read_text())
+    reported = json.loads((out / "results.json").read_text())["tasks"]
+    assert {name: row["exact"] for name, row in scores["tasks"].items()} == {n: r["after"] for n, r in reported.items()}
+
+
+def test_mme_script_gives_the_totals_of_mme(finished, tmp_path):
+    place, _ = finished
+    picture = next((place / "cache" / "data" / "images").glob("shape-heldout-*.png"))
+    for subtask in ("existence", "code_reasoning"):
+        (tmp_path / subtask).mkdir()
+        shutil.copy(picture, tmp_path / subtask / "1.png")
+        (tmp_path / subtask / "1.txt").write_text("Is there a circle?\tYes\nIs there a dog?\tNo\n")
+    words = [str(place / "llava-v1-out"), str(tmp_path)]
+    done = subprocess.run(["bash", str(MME_SCRIPT), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| **perception** |" in done.stdout and "| **cognition** |" in done.stdout
+    assert "mme" in json.loads((place / "llava-v1-out" / "results" / "mme" / "scores.json").read_text())
+    refused = subprocess.run(["bash", str(MME_SCRIPT)], capture_output=True, text=True)
+    assert refused.returncode == 1 and "expected MODEL and MME_FOLDER" in refused.stderr
 
 
 def test_run_interrupted_while_training_goes_on_with_training(finished):

@@ -9,19 +9,17 @@ from collections import namedtuple
 
 import pytest
 import torch
-from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from llava_mixlora import MixLoraConfig, MixLoraError, calibration, merge
+from llava_mixlora import MixLoraError, calibration, merge
 from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES
 from llava_mixlora.calibration import CalibrationData
 from llava_mixlora.cli import main
 
-from ..tiny import random_ids, randomise
+from ..tiny import plain, write_adapter
 
-NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT = [[1, 5, -200, 7, 8, 9]]
 
 WITHOUT_THE_PLUGIN = """
@@ -67,32 +65,6 @@ def images(tmp_path_factory):
     file = tmp_path_factory.mktemp("images") / "images.pt"
     torch.save(torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3)), file)
     return file
-
-
-def plain(base):
-    from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
-
-    return LlavaLlamaForCausalLM.from_pretrained(base)
-
-
-def write_adapter(base, folder, trained=True, one_route=False):
-    """What upstream's train() writes; the projector is trained too."""
-    options = {"target_modules": NAMES, "exclude_modules": NOT_THE_LANGUAGE_MODEL, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(plain(base), MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options))
-    randomise(model, scale=0.3)
-    if one_route:
-        for name, parameter in model.named_parameters():
-            if "router" in name or "cfs" in name:
-                parameter.data.zero_()
-    for seed in range(3 if trained else 0):
-        ids = random_ids(4, 12, seed=seed)
-        model.train()(input_ids=ids, labels=ids)
-    projector = {n: p.detach() + 0.1 for n, p in model.named_parameters() if "mm_projector" in n and "lora" not in n}
-    assert len(projector) == 4
-    model.config.save_pretrained(folder)
-    model.save_pretrained(folder)
-    torch.save(projector, folder / NON_LORA_TRAINABLES)
-    return folder
 
 
 @pytest.fixture(scope="module")

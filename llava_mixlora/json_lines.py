@@ -1,0 +1,24 @@
+"""JSON Lines files that a process appends to, and may be killed while it does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import MixLoraError
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file, [] when there is none; a last line that a killed process left torn is dropped.
+
+    Raises:
+        MixLoraError: another line is damaged.
+    """
+    if not file.is_file():
+        return []
+    *whole, _torn = file.read_text(encoding="utf-8").split("\n")
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise MixLoraError(f"{file} is damaged ({error}); remove it, or choose another --output") from error
