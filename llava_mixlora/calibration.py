@@ -107,6 +107,33 @@ def read_samples(given: CalibrationData, seed: int = 0) -> tuple[list[dict], lis
     return samples[held_out:], samples[:held_out]
 
 
+def samples_by_task(data: CalibrationData) -> dict[str, list[dict[str, Any]]]:
+    """`data.samples` samples of each task, by the task that their field `"task"` names.
+
+    Raises:
+        MixLoraError: there are fewer than two tasks, or too few samples of one, or images are missing.
+    """
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for sample in read_conversations(data.data):
+        if "task" in sample:
+            samples.setdefault(str(sample["task"]), []).append(sample)
+    if len(samples) < 2:
+        raise MixLoraError(
+            f"--data {data.data}: expected samples of two tasks at least, named in a field 'task'; found "
+            f"{', '.join(samples) or 'none'}"
+        )
+    for task, of_task in samples.items():
+        if len(of_task) < data.samples:
+            raise MixLoraError(
+                f"--samples {data.samples}: {data.data} has {len(of_task)} of task {task!r}; ask for fewer"
+            )
+        random.Random(0).shuffle(of_task)
+    samples = {task: of_task[: data.samples] for task, of_task in samples.items()}
+    if data.image_folder is not None:
+        check_images([sample for of_task in samples.values() for sample in of_task], data.data, data.image_folder)
+    return samples
+
+
 def batches(samples: list[dict], loaded: Loaded, given: CalibrationData, title: str) -> Iterator[Batch]:
     """The samples as LLaVA's training prepares them, with the image features in the sequence: inputs of the model."""
     from llava import conversation

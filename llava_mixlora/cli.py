@@ -74,11 +74,20 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         _plot,
         "draw how an adapter's routers used the factors",
-        "Draw which share of the choices each factor got in training, per layer and pool. Needs matplotlib.",
+        "Draw which share of the choices each factor got in training, per layer and pool. With --data, draw for each "
+        "task of the data which factors its prompts choose, a map of the routes, and how alike the tasks are. Needs "
+        "matplotlib, and scikit-learn for the map.",
         "llava-mixlora plot output/llava-mixlora --output usage.png",
     )
     plotting.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
-    plotting.add_argument("--output", metavar="FILE.png", help="picture to write (default: ADAPTER/usage.png)")
+    plotting.add_argument(
+        "--output", help="picture to write, with --data a folder (default: ADAPTER/usage.png, ADAPTER/routes)"
+    )
+    plotting.add_argument("--data", metavar="DATA", help="LLaVA's training data with fields 'task'")
+    plotting.add_argument("--image-folder", metavar="DIR", help="where the images of DATA lie")
+    plotting.add_argument("--samples", type=_positive, default=32, help="how many of each task (default: 32)")
+    plotting.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
+    plotting.add_argument("--model-base", metavar="BASE", help="the adapter's base (default: the one that it names)")
     doctoring = _add_command(
         commands,
         _doctor,
@@ -225,11 +234,24 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
+    if arguments.data is not None:
+        _plot_routes(arguments)
+        return
     from .plot_usage import plot
 
     output = arguments.output or os.path.join(arguments.adapter, "usage.png")
     plot(arguments.adapter, output)
     print(f"Wrote {output}")
+
+
+def _plot_routes(given: argparse.Namespace) -> None:
+    from .calibration import CalibrationData
+    from .task_routes import draw_task_routes, task_routes
+
+    data = CalibrationData(given.data, given.image_folder, samples=given.samples, version=given.version)
+    output = Path(given.output or os.path.join(given.adapter, "routes"))
+    draw_task_routes(task_routes(given.adapter, given.model_base, data), output)
+    print(f"Wrote routes.json and three pictures to {output}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""A language model that decides whether answers are right, as the paper (section 5) has Vicuna do it."""
+"""A language model that decides whether answers are right, as the paper has Vicuna do it."""
 
 from __future__ import annotations
 

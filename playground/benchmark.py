@@ -53,7 +53,7 @@ def main() -> None:
         return
     for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
         stored[name] = {
-            "machine": _machine(),
+            "machine": machine(),
             "rounds": arguments.rounds,
             "results": BENCHMARKS[name](arguments.rounds),
         }
@@ -319,7 +319,8 @@ def _with_ratios(results: Results, keys: tuple[str, ...]) -> Results:
     return results
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """What a result was measured on, and when."""
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     return {
         "date": datetime.date.today().isoformat(),

@@ -17,7 +17,8 @@ ruff format --check .
 if [[ $# -gt 0 ]]; then
     exec python -m pytest "$@"
 fi
-# A file's tests share what they train, so they stay together; more than four processes would wait for the longest file.
+# A file's tests share what they train, so they stay together, and the end-to-end files, the longest, begin; more than
+# four processes would wait for them.
 processes="$(nproc)"
 coverage erase
 coverage run -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist loadfile --no-loadscope-reorder --durations 15

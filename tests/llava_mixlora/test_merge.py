@@ -10,7 +10,6 @@ from collections import namedtuple
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from llava_mixlora import MixLoraError, calibration, merge
@@ -75,21 +74,6 @@ def adapter(base, tmp_path_factory):
 @pytest.fixture
 def untrained(base, tmp_path):
     return write_adapter(base, tmp_path / "llava-untrained-mixlora", trained=False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Twenty pictures with a question each, of two tasks."""
-    place = tmp_path_factory.mktemp("data")
-    samples = []
-    for number in range(20):
-        Image.new("RGB", (16, 16), (12 * number, 0, 255 - 12 * number)).save(place / f"{number}.png")
-        turns = [("human", "<image>\nwhat color is the shape?"), ("gpt", ["red", "blue circle"][number % 2])]
-        conversation = [{"from": speaker, "value": text} for speaker, text in turns]
-        task = ["color", "shape"][number % 2]
-        samples.append({"id": str(number), "image": f"{number}.png", "task": task, "conversations": conversation})
-    (place / "data.json").write_text(json.dumps(samples))
-    return place
 
 
 def given(data, **options):
