@@ -67,7 +67,7 @@ def evaluate(
     first = _rank() == 0
     pending = None
     if first:
-        check_writable(output)
+        check_writable(output, "--output")
         _check_same_run(output, asking)
         answered = _collect(output, questions)
         pending = [question.id for question in questions if question.id not in answered]
@@ -164,11 +164,13 @@ def _answer(questions: list[Question], asking: Asking, output: Path, batch_size:
     """Answer this process's share of the questions, and append each batch to its part as soon as it is done."""
     if not questions:
         return
+    from . import patches
     from .answering import answer, check_conversation
     from .loading import load_for_inference
 
-    loaded = load_for_inference(asking.model_path, asking.model_base, asking.bits)
+    patches.apply()  # without them LLaVA cannot be imported
     check_conversation(asking.conversation)
+    loaded = load_for_inference(asking.model_path, asking.model_base, asking.bits)
     # Prompts of like length share a batch, so little of it is padding; the processes take turns along the list.
     share = sorted(questions, key=lambda question: len(question.prompt))[_rank() :: _world_size()]
     name = Path(asking.model_path).name

@@ -166,8 +166,8 @@ def check_images(samples: list[dict[str, Any]], data_path: str | Path, image_fol
         )
 
 
-def check_writable(folder: str | Path) -> None:
-    """Create `folder` if need be, and refuse one that cannot be written.
+def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
+    """Create `folder`, given as `flag`, if need be, and refuse one that cannot be written.
 
     Raises:
         MixLoraError: with the operating system's reason.
@@ -177,7 +177,7 @@ def check_writable(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise MixLoraError(f"{folder}: cannot be written ({error.strerror}); choose another --output_dir") from error
+        raise MixLoraError(f"{folder}: cannot be written ({error.strerror}); choose another {flag}") from error
 
 
 def _kind(value: Any) -> str:

@@ -14,7 +14,7 @@ from llava_mixlora.answering import answer
 from llava_mixlora.cli import main
 from llava_mixlora.evaluate import Asking, evaluate
 from llava_mixlora.loading import load_for_inference
-from llava_mixlora.questions import read_questions
+from llava_mixlora.questions import Question, read_questions
 
 from ..end_to_end.training import environment, program
 from ..tiny import write_adapter
@@ -150,9 +150,11 @@ def test_what_cannot_be_loaded_is_one_line(model, questions_file, tmp_path, caps
     assert "--model-path ./absent: no such folder" in capsys.readouterr().err
     assert main([*words(model, questions_file, tmp_path / "b"), "--conv-mode", "v9"]) == 1
     assert "--conv-mode v9: no such template" in capsys.readouterr().err
-    damaged = read_questions(questions_file)[:1]
+    (tmp_path / "file").write_text("in the way")
+    assert main(words(model, questions_file, tmp_path / "file" / "scores")) == 1
+    assert "choose another --output" in capsys.readouterr().err
     (tmp_path / "damaged.png").write_bytes(b"no picture")
-    damaged = [type(damaged[0])("d", "t", "what?", tmp_path / "damaged.png")]
+    damaged = [Question("d", "t", "what?", tmp_path / "damaged.png")]
     with pytest.raises(MixLoraError, match="not a readable image"):
         evaluate(Asking(model), damaged, tmp_path / "c")
 
