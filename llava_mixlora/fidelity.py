@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from .inspect_adapter import by_number
+
 REPORT, PICTURE = "merge_report.json", "merge_report.png"
 ErrorsByLayer = dict[str, dict[str, float]]
 """By layer name and method: ‖Δy − static Δy‖ / ‖Δy‖ over all positions of a set of data, 0 being exact."""
@@ -80,7 +82,11 @@ class Fidelity:
             "relative error, calibration": self.calibration,
             "relative error, held out": self.heldout,
         }
-        return {title: errors for title, errors in titles.items() if errors}
+        return {
+            title: {layer: errors[layer] for layer in sorted(errors, key=by_number)}
+            for title, errors in titles.items()
+            if errors
+        }
 
     def _draw(self, file: Path) -> None:
         try:

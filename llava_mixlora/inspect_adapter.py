@@ -56,7 +56,7 @@ def read_contents(folder: str | Path) -> AdapterContents:
     check_adapter(folder)
     kinds = dict.fromkeys((*KINDS.values(), FURTHER, BESIDE), 0)
     with safe_open(str(Path(folder) / SAFETENSORS_WEIGHTS_NAME), framework="pt") as tensors:
-        names = sorted(tensors.keys(), key=_by_number)
+        names = sorted(tensors.keys(), key=by_number)
         for name in names:
             layer, _, parameter = name.rpartition(".")
             if name.endswith(USAGE):
@@ -113,6 +113,6 @@ def _rank(config: MixLoraConfig, layer: str) -> int:
     return config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
 
 
-def _by_number(name: str) -> list[str]:
+def by_number(name: str) -> list[str]:
     """A sorting key under which layers.10 comes after layers.9."""
     return [f"{int(part):08}" if part.isdigit() else part for part in name.split(".")]

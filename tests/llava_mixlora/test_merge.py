@@ -16,6 +16,7 @@ from llava_mixlora import MixLoraError, calibration, merge
 from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES
 from llava_mixlora.calibration import CalibrationData
 from llava_mixlora.cli import main
+from llava_mixlora.fidelity import Fidelity
 
 from ..tiny import plain, write_adapter
 
@@ -182,6 +183,15 @@ def test_calibrated_merge_reports_three_methods_each_no_worse_than_the_one_befor
     assert report["agreement"]["lstsq"]["kl"] > 0 and report["agreement"]["lstsq"]["tokens"] > 2
     assert (tmp_path / "out" / "merge_report.png").read_bytes().startswith(b"\x89PNG")
     assert "held-out tokens" in capsys.readouterr().out
+
+
+def test_report_lists_layers_in_one_order():
+    names = ["layers.10.up", "layers.2.up", "layers.2.down"]
+    errors = {name: {"mean": 0.5} for name in names}
+    backwards = dict(reversed(errors.items()))
+    lines = list(Fidelity("adapter", "base", "mean", training=errors, heldout=backwards).lines())
+    listed = [line.split()[0] for line in lines if line.startswith("layers.")]
+    assert listed == 2 * ["layers.2.down", "layers.2.up", "layers.10.up"]
 
 
 def test_regression_in_several_passes_is_the_same(untrained, data, tmp_path, monkeypatch):
