@@ -17,12 +17,16 @@ fi
 source "$here/setup.sh"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
-playground="$here/../playground"
+playground="$(dirname "$here")/playground"
 model="$playground/output/llava-v1-tiny-mixlora" questions=""
 if [[ $# -gt 0 && "$1" != --* ]]; then model="$1"; shift; fi
 if [[ $# -gt 0 && "$1" != --* ]]; then questions="$1"; shift; fi
 if [[ -z "$questions" ]]; then
     questions="$playground/cache/data/heldout.json"
+    if [[ ! -f "$questions" ]]; then
+        echo "error: $questions is not there yet; run scripts/finetune_mixlora.sh first, or name MODEL and QUESTIONS" >&2
+        exit 1
+    fi
     set -- --image-folder "$playground/cache/data/images" --max-new-tokens 16 --batch-size 50 "$@"
 fi
 name="$(basename "$questions")"
