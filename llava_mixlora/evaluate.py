@@ -20,7 +20,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import distributed
 
 from .errors import MixLoraError
-from .json_lines import read_lines
+from .json_lines import read_lines, write_whole
 from .metrics import contained_match, exact_match, mme, normalised, pope
 from .preflight import check_writable
 from .questions import Question, is_mme
@@ -86,8 +86,8 @@ def evaluate(
 
         verdicts = judge_answers(judge, questions, answers, output, batch_size)
     result = scores(questions, answers, verdicts)
-    _write(output / SCORES, json.dumps({"run": asdict(asking), **result}, indent=2) + "\n")
-    _write(output / TABLE, table(result) + "\n")
+    write_whole(output / SCORES, json.dumps({"run": asdict(asking), **result}, indent=2) + "\n")
+    write_whole(output / TABLE, table(result) + "\n")
     return result
 
 
@@ -203,7 +203,7 @@ def _collect(output: Path, questions: list[Question]) -> Answers:
             )
     if answers:
         ordered = [answers[question.id] for question in questions if question.id in answers]
-        _write(output / ANSWERS, "".join(json.dumps(line) + "\n" for line in ordered))
+        write_whole(output / ANSWERS, "".join(json.dumps(line) + "\n" for line in ordered))
     for part in parts:
         part.unlink()
     return answers
@@ -227,13 +227,7 @@ def _check_same_run(output: Path, asking: Asking) -> None:
                 )
     elif (output / ANSWERS).exists():
         raise MixLoraError(f"{output} holds answers, but no {RUN} that tells whose they are; choose another --output")
-    _write(file, json.dumps(wanted, indent=2) + "\n")
-
-
-def _write(file: Path, text: str) -> None:
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+    write_whole(file, json.dumps(wanted, indent=2) + "\n")
 
 
 def _join_processes() -> None:

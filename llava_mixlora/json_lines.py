@@ -1,8 +1,9 @@
-"""JSON Lines files that a process appends to, and may be killed while it does."""
+"""Result files of a process that may be killed at any moment: JSON Lines that it appends to, and whole files."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,3 +23,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole]
     except ValueError as error:
         raise MixLoraError(f"{file} is damaged ({error}); remove it, or choose another --output") from error
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is at every moment either as it was or as it is to be."""
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from .errors import MixLoraError
-from .json_lines import read_lines
+from .json_lines import read_lines, write_whole
 from .questions import Question
 
 JUDGED = "judged.jsonl"
@@ -36,7 +36,7 @@ def judge_answers(
     Raises:
         MixLoraError: the judge cannot be loaded.
     """
-    keys = {q.id: [name, q.id, answers[q.id]["text"]] for q in questions if q.target is not None}
+    keys = {q.id: [name, q.id, q.target, answers[q.id]["text"]] for q in questions if q.target is not None}
     known = {json.dumps(line["key"]): line["right"] for line in read_lines(output / JUDGED)}
     verdicts = {i: known[json.dumps(key)] for i, key in keys.items() if json.dumps(key) in known}
     pending = [question for question in questions if question.id in keys and question.id not in verdicts]
@@ -44,9 +44,11 @@ def judge_answers(
         return verdicts
     tokenizer, model = _load(name)
     yes, no = (tokenizer.encode(word, add_special_tokens=False)[-1] for word in (" yes", " no"))
-    kept = [{"key": keys[identity], "right": right} for identity, right in verdicts.items()]
-    with (output / JUDGED).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in kept)
+    # Without the line that a killed process left torn; verdicts of other judges stay.
+    write_whole(
+        output / JUDGED, "".join(f'{{"key": {key}, "right": {json.dumps(right)}}}\n' for key, right in known.items())
+    )
+    with (output / JUDGED).open("a", encoding="utf-8") as file:
         for start in tqdm(range(0, len(pending), batch_size), desc="Judging", unit="batch"):
             batch = pending[start : start + batch_size]
             texts = [

@@ -2,6 +2,7 @@
 
 import torch
 from peft import get_peft_model
+from PIL import Image
 from torch import nn
 
 from llava_mixlora import MixLoraConfig, MixLoraLayer
@@ -30,6 +31,13 @@ def layers(model: nn.Module) -> dict[str, MixLoraLayer]:
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     """Token ids without special tokens."""
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def draw_pictures(place, count):
+    """Pictures `0.png`, `1.png`, ... of 16x16 pixels, from blue to red."""
+    for number in range(count):
+        strength = 255 * number // count
+        Image.new("RGB", (16, 16), (strength, 0, 255 - strength)).save(place / f"{number}.png")
 
 
 def plain(folder):

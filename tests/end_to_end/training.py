@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
 from safetensors.torch import load_file
+
+from ..tiny import draw_pictures
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN = ["run", "-m", "llava.train.train"]
@@ -20,10 +21,9 @@ def write_inputs(place, llava, clip_folder, tokenizer_folder, answers):
     llava.save_pretrained(place / "llava")
     for file in tokenizer_folder.iterdir():
         shutil.copy(file, place / "llava")
+    draw_pictures(place, len(answers))
     samples = []
     for number, answer in enumerate(answers):
-        strength = 255 * number // len(answers)
-        Image.new("RGB", (16, 16), (strength, 0, 255 - strength)).save(place / f"{number}.png")
         turns = [("human", "<image>\nwhat color is the shape?"), ("gpt", answer)]
         conversation = [{"from": speaker, "value": text} for speaker, text in turns]
         samples.append({"id": str(number), "image": f"{number}.png", "conversations": conversation})

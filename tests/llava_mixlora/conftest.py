@@ -3,16 +3,17 @@
 import json
 
 import pytest
-from PIL import Image
+
+from ..tiny import draw_pictures
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Twenty pictures with a question each, of two tasks."""
     place = tmp_path_factory.mktemp("data")
+    draw_pictures(place, 20)
     samples = []
     for number in range(20):
-        Image.new("RGB", (16, 16), (12 * number, 0, 255 - 12 * number)).save(place / f"{number}.png")
         turns = [("human", "<image>\nwhat color is the shape?"), ("gpt", ["red", "blue circle"][number % 2])]
         conversation = [{"from": speaker, "value": text} for speaker, text in turns]
         task = ["color", "shape"][number % 2]

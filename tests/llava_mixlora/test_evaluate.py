@@ -7,17 +7,18 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llava_mixlora import MixLoraError
 from llava_mixlora.answering import answer
 from llava_mixlora.cli import main
 from llava_mixlora.evaluate import Asking, evaluate
+from llava_mixlora.judge import QUESTION
 from llava_mixlora.loading import load_for_inference
 from llava_mixlora.questions import Question, read_questions
 
 from ..end_to_end.training import environment, program
-from ..tiny import write_adapter
+from ..tiny import draw_pictures, write_adapter
 
 TASKS = {"color": "red", "presence": "yes"}
 
@@ -26,9 +27,9 @@ TASKS = {"color": "red", "presence": "yes"}
 def questions_file(tmp_path_factory):
     """Twelve questions of different lengths about different pictures, of two tasks."""
     place = tmp_path_factory.mktemp("questions")
+    draw_pictures(place, 12)
     records = []
     for number in range(12):
-        Image.new("RGB", (16, 16), (20 * number, 0, 255 - 20 * number)).save(place / f"{number}.png")
         task = list(TASKS)[number % 2]
         text = "what color is the shape" + " red green blue circle"[: 5 * (number % 4)]
         record = {"question_id": number, "image": f"{number}.png", "text": text, "category": task}
@@ -119,6 +120,18 @@ def test_killed_run_loses_no_answer_and_asks_none_twice(model, questions_file, f
     assert "12 of 12" in capsys.readouterr().out and lines(tmp_path) == lines(finished)
 
 
+def verdicts_one_by_one(judge, folder):
+    tokenizer, model = AutoTokenizer.from_pretrained(judge), AutoModelForCausalLM.from_pretrained(judge)
+    verdicts = {}
+    for line in lines(folder):
+        text = QUESTION.format(prompt=line["prompt"], target=line["metadata"]["target"], answer=line["text"])
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+        yes, no = (tokenizer.encode(word, add_special_tokens=False)[-1] for word in (" yes", " no"))
+        verdicts[line["question_id"]] = bool(logits[yes] > logits[no])
+    return verdicts
+
+
 def test_judge_decides_beside_the_metrics(model, questions_file, finished, llama_folder, tokenizer_folder, tmp_path):
     judge = tmp_path / "judge"
     judge.mkdir()
@@ -130,7 +143,8 @@ def test_judge_decides_beside_the_metrics(model, questions_file, finished, llama
     scores = json.loads((finished / "scores.json").read_text())
     assert all(0 <= row["judged"] <= 100 for row in scores["tasks"].values())
     verdicts = (finished / "judged.jsonl").read_text()
-    assert verdicts.count("\n") == 12
+    found = {line["key"][1]: line["right"] for line in map(json.loads, verdicts.splitlines())}
+    assert found == verdicts_one_by_one(judge, finished)
     (judge / "model.safetensors").unlink()  # all verdicts are there: the judge is not asked again
     assert main(run) == 0 and (finished / "judged.jsonl").read_text() == verdicts
     assert json.loads((finished / "scores.json").read_text()) == scores
