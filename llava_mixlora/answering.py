@@ -39,7 +39,6 @@ def answer(
         MixLoraError: there is no such template, or an image is damaged.
     """
     tokenizer, model, image_processor = loaded
-    model.config.tokenizer_padding_side = "left"  # where LLaVA pads a batch after it has put the images in
     padding = tokenizer.pad_token_id or 0
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     for batch in tqdm(batches, desc="Answering", unit="batch", disable=not progress):

@@ -1,4 +1,4 @@
-"""`llava.model.builder`: loading a MixLoRA adapter, which stays an adapter."""
+"""`llava.model.builder`: loading a MixLoRA adapter, which stays an adapter, and models that answer batches."""
 
 from __future__ import annotations
 
@@ -51,10 +51,26 @@ def _with_adapter(model: Any, model_path: str) -> Any:
     return PeftModel.from_pretrained(model, model_path).eval()
 
 
+def _pad_on_the_left(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
+    @functools.wraps(original)
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> Loaded:
+        loaded = original(*args, **kwargs)
+        loaded[1].config.tokenizer_padding_side = "left"  # where LLaVA pads a batch after it has put the images in
+        return loaded
+
+    return load_pretrained_model
+
+
 PATCHES = (
     Patch(
         "llava.model.builder:load_pretrained_model",
         why="upstream merges every adapter into its base, and asks for the base even where the adapter names it",
         replace=_load_mixlora,
+    ),
+    Patch(
+        "llava.model.builder:load_pretrained_model",
+        why="a loaded model keeps the padding side of its training, the right, and in a batch (as lmms-eval asks) "
+        "generate() then goes on from the padding of shorter prompts (haotian-liu/LLaVA#754)",
+        replace=_pad_on_the_left,
     ),
 )

@@ -114,6 +114,21 @@ def test_only_the_trained_layers_are_adapted(load, adapter):
     assert not any("vision_tower" in name for name in layers(model))
 
 
+@pytest.mark.parametrize("which", ["adapter", "whole model"])
+def test_loaded_model_answers_a_batch_as_it_answers_each_prompt_alone(load, adapter, base, which):
+    _, model, _, _ = load(adapter) if which == "adapter" else load(base, name="llava")
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3)).half()
+    short, long = torch.tensor([[1, -200, 7]]), torch.tensor([[1, 5, -200, 7, 8, 9, 10]])
+    batch = torch.cat([torch.cat([short, torch.zeros(1, 4, dtype=torch.long)], 1), long])  # padded on the right
+
+    def generate(ids, images, mask):
+        return model.generate(ids, images=images, attention_mask=mask, do_sample=False, max_new_tokens=4, min_length=4)
+
+    together = generate(batch, images, batch != 0)
+    for row, ids in enumerate((short, long)):
+        assert torch.equal(together[row], generate(ids, images[row : row + 1], ids != 0)[0])
+
+
 def test_given_base_wins_over_the_recorded_one(load, damaged, base):
     config = (damaged / "adapter_config.json").read_text()
     (damaged / "adapter_config.json").write_text(config.replace(str(base), "/no/such/base"))
