@@ -70,6 +70,8 @@ def _module_file(name: str) -> Path:
             spec = importlib.util.find_spec(f"{name}.__main__")
     except ModuleNotFoundError:
         spec = None
+    if spec is None and name == "lmms_eval":
+        raise MixLoraError("-m lmms_eval: lmms-eval is not installed here; run: pip install lmms-eval")
     if spec is None or spec.origin is None:
         raise MixLoraError(f"-m {name}: no such module; expected an importable one, such as llava.train.train_mem")
     return Path(spec.origin)

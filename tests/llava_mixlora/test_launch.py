@@ -64,6 +64,12 @@ def test_module_that_cannot_be_run_is_named(name):
         run(name, [], as_module=True)
 
 
+def test_harness_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    with pytest.raises(MixLoraError, match="^-m lmms_eval: .* not installed here; run: pip install lmms-eval$"):
+        run("lmms_eval", ["--model", "llava"], as_module=True)
+
+
 @pytest.mark.parametrize("name", ["gone.py", "."])
 def test_script_that_is_not_there_is_named(name):
     with pytest.raises(MixLoraError, match="no such script"):
