@@ -39,17 +39,22 @@ llava_mixlora_setup() {
     echo "setup: installing into $(dirname "$(dirname "$venv_python")") (a few minutes the first time)"
     # PyTorch first: DeepSpeed looks at it while it is being installed.
     "${pip[@]}" torch==2.13.0 numpy || { echo "setup: error: PyTorch could not be installed (see above)" >&2; return 1; }
-    "${pip[@]}" -e "$root[qlora,deepspeed,dev]" || {
+    "${pip[@]}" -e "$root[qlora,deepspeed,lmms,dev]" || {
         echo "setup: error: the requirements could not be installed (see above)" >&2
         return 1
     }
-    # LLaVA's own metadata pins the versions of 2023. An installed LLaVA, such as a fork, is left alone.
-    if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("llava") is None)'; then
-        "${pip[@]}" --no-deps llava-torch==1.2.2.post1 || {
-            echo "setup: error: LLaVA could not be installed (see above)" >&2
-            return 1
-        }
-    fi
+    # Without what they ask for: LLaVA pins the versions of 2023, lmms-eval names what any of its benchmarks may need. What
+    # is installed already, such as a fork, is left alone.
+    local module requirement
+    for requirement in llava:llava-torch==1.2.2.post1 lmms_eval:lmms-eval==0.7.3; do
+        module="${requirement%%:*}" requirement="${requirement#*:}"
+        if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)' "$module"; then
+            "${pip[@]}" --no-deps "$requirement" || {
+                echo "setup: error: $requirement could not be installed (see above)" >&2
+                return 1
+            }
+        fi
+    done
     echo "$wanted" > "$stamp"
     echo "setup: done"
 }
