@@ -23,6 +23,8 @@ def run(target: str, arguments: list[str], as_module: bool) -> None:
     Raises:
         MixLoraError: there is no such module or script, or a patch does not fit the installed LLaVA.
     """
+    if as_module:
+        _check_installed(target)  # before the seconds that patching takes
     patches.apply()
     path = _module_file(target) if as_module else _script_file(target)
     sys.argv = [str(path), *arguments]
@@ -63,6 +65,12 @@ def _patched_module(path: Path) -> ModuleType | None:
     return None
 
 
+def _check_installed(name: str) -> None:
+    package = name.partition(".")[0]
+    if package == "lmms_eval" and importlib.util.find_spec(package) is None:
+        raise MixLoraError(f"-m {name}: lmms-eval is not installed here; run: pip install lmms-eval")
+
+
 def _module_file(name: str) -> Path:
     try:
         spec = importlib.util.find_spec(name)
@@ -70,8 +78,6 @@ def _module_file(name: str) -> Path:
             spec = importlib.util.find_spec(f"{name}.__main__")
     except ModuleNotFoundError:
         spec = None
-    if spec is None and name == "lmms_eval":
-        raise MixLoraError("-m lmms_eval: lmms-eval is not installed here; run: pip install lmms-eval")
     if spec is None or spec.origin is None:
         raise MixLoraError(f"-m {name}: no such module; expected an importable one, such as llava.train.train_mem")
     return Path(spec.origin)
