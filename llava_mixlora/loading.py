@@ -17,7 +17,9 @@ Loaded = tuple[Any, Any, Any]
 """Tokenizer, model and image processor."""
 
 
-def load_for_inference(model_path: str | Path, model_base: str | Path | None = None, bits: int = 16) -> Loaded:
+def load_for_inference(
+    model_path: str | Path, model_base: str | Path | None = None, bits: int = 16, keep_adapter: bool = False
+) -> Loaded:
     """Load a MixLoRA adapter, an adapter of LLaVA's LoRA runs, or a whole LLaVA; in evaluation mode.
 
     On a GPU (under a launcher the one of its `LOCAL_RANK`) in float16; without one in float32, or in bfloat16 where
@@ -27,6 +29,7 @@ def load_for_inference(model_path: str | Path, model_base: str | Path | None = N
         model_path: folder of the adapter or of the model, or a hub name.
         model_base: the adapter's base; by default the one that it names. A whole model has none.
         bits: 16, or 8 or 4 to quantize the language model.
+        keep_adapter: keep an adapter of LLaVA's LoRA runs beside its base, where upstream merges it.
 
     Raises:
         MixLoraError: there is no such folder, an adapter's base is missing, or its files are damaged.
@@ -49,6 +52,7 @@ def load_for_inference(model_path: str | Path, model_base: str | Path | None = N
         load_4bit=bits == 4,
         device_map=device,
         device=device,
+        keep_adapter=keep_adapter,
     )
     if device == "cpu" and bits == 16:
         size = 4 * sum(parameter.numel() for parameter in model.parameters())

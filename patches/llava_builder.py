@@ -1,4 +1,4 @@
-"""`llava.model.builder`: loading a MixLoRA adapter, which stays an adapter, and models that answer batches."""
+"""`llava.model.builder`: adapters that stay adapters (a plain LoRA with `keep_adapter`), models that answer batches."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from llava_mixlora.adapter_folder import (
     read_non_lora_trainables,
 )
 
+from .llava_train import NOT_THE_LANGUAGE_MODEL
 from .patch import Patch
 
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
@@ -21,9 +22,9 @@ Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context
 def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     @functools.wraps(original)
     def load_pretrained_model(
-        model_path: str, model_base: str | None, model_name: str, *args: Any, **kwargs: Any
+        model_path: str, model_base: str | None, model_name: str, *args: Any, keep_adapter: bool = False, **kwargs: Any
     ) -> Loaded:
-        if not is_mixlora_adapter(model_path):
+        if not is_mixlora_adapter(model_path) and not keep_adapter:
             return original(model_path, model_base, model_name, *args, **kwargs)
         base = base_model_of(model_path, model_base)
         check_adapter(model_path)
@@ -46,9 +47,12 @@ def _llava_config(model_path: str) -> Any:
 
 
 def _with_adapter(model: Any, model_path: str) -> Any:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-    return PeftModel.from_pretrained(model, model_path).eval()
+    config = PeftConfig.from_pretrained(model_path)
+    if not is_mixlora_adapter(model_path) and not config.exclude_modules:
+        config.exclude_modules = NOT_THE_LANGUAGE_MODEL  # in upstream's LoRA runs the tower is loaded after the adapter
+    return PeftModel.from_pretrained(model, model_path, config=config).eval()
 
 
 def _pad_on_the_left(original: Callable[..., Loaded]) -> Callable[..., Loaded]:

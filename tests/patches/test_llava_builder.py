@@ -64,8 +64,8 @@ def damaged(adapter, tmp_path):
 def load(patched):
     from llava.model import builder
 
-    def load(path, model_base=None, name="llava-tiny-mixlora"):
-        return builder.load_pretrained_model(str(path), model_base, name, device="cpu")
+    def load(path, model_base=None, name="llava-tiny-mixlora", **options):
+        return builder.load_pretrained_model(str(path), model_base, name, device="cpu", **options)
 
     return load
 
@@ -203,6 +203,17 @@ def test_plain_lora_folder_is_merged_by_upstream(load, base, tmp_path):
     _, model, _, _ = load(folder, str(base), "llava-lora")
     assert not isinstance(model, PeftModel) and not layers(model)
     assert ask(model).isfinite().all()
+
+
+def test_plain_lora_stays_an_adapter_where_that_is_asked_for(load, base, tmp_path):
+    folder = tmp_path / "llava-lora"
+    config = LoraConfig(r=2, target_modules=NAMES, task_type="CAUSAL_LM", init_lora_weights=False)
+    write_adapter(base, folder, config)
+    _, kept, _, _ = load(folder, str(base), "llava-lora", keep_adapter=True)
+    _, merged, _, _ = load(folder, str(base), "llava-lora")
+    assert isinstance(kept, PeftModel) and not kept.training
+    assert torch.allclose(ask(kept), ask(merged), atol=0.05)  # in float16
+    assert not any("vision_tower" in name and "lora_A" in name for name, _ in kept.named_parameters())
 
 
 def test_plain_llava_is_loaded_by_upstream(load, base):
