@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,30 +93,33 @@ def read_samples(given: CalibrationData, seed: int = 0) -> tuple[list[dict], lis
             raise MixLoraError(f"--task {given.task}: {given.data} has no samples of it; its tasks are {known}")
     if len(samples) < 2:
         raise MixLoraError(f"--calibration {given.data}: expected two samples at least, one of them to hold out")
-    if not any("image" in sample for sample in samples):
-        raise MixLoraError(
-            f"--calibration {given.data}: none of its samples has an image, so it does not show what LLaVA's layers "
-            "see in use; pass data with images"
-        )
-    if given.image_folder is None:
-        raise MixLoraError(f"--calibration {given.data} names images; pass the folder they lie in as --image-folder")
-    check_images(samples, given.data, given.image_folder)
+    _check_shows_images("--calibration", samples, given)
     random.Random(seed).shuffle(samples)
     samples = samples[: max(2, given.samples)]
     held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(samples))))
     return samples[held_out:], samples[:held_out]
 
 
-def samples_by_task(data: CalibrationData) -> dict[str, list[dict[str, Any]]]:
+def samples_by_task(data: CalibrationData, tasks: Sequence[str] = (), seed: int = 0) -> dict[str, list[dict[str, Any]]]:
     """`data.samples` samples of each task, by the task that their field `"task"` names.
 
+    Args:
+        data: where from, and how many of each task.
+        tasks: which tasks, in this order; all when empty, in the order of the data.
+        seed: of the choice of samples.
+
     Raises:
-        MixLoraError: there are fewer than two tasks, or too few samples of one, or images are missing.
+        MixLoraError: there are fewer than two tasks, or too few samples of one; or no sample has an image, or images
+            are missing.
     """
-    samples: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for sample in read_conversations(data.data):
         if "task" in sample:
-            samples.setdefault(str(sample["task"]), []).append(sample)
+            found.setdefault(str(sample["task"]), []).append(sample)
+    if unknown := [task for task in tasks if task not in found]:
+        known = ", ".join(found) or "none: no sample has a field 'task'"
+        raise MixLoraError(f"--tasks {' '.join(unknown)}: {data.data} has no samples of it; its tasks are {known}")
+    samples = {task: found[task] for task in tasks or found}
     if len(samples) < 2:
         raise MixLoraError(
             f"--data {data.data}: expected samples of two tasks at least, named in a field 'task'; found "
@@ -127,11 +130,21 @@ def samples_by_task(data: CalibrationData) -> dict[str, list[dict[str, Any]]]:
             raise MixLoraError(
                 f"--samples {data.samples}: {data.data} has {len(of_task)} of task {task!r}; ask for fewer"
             )
-        random.Random(0).shuffle(of_task)
+        random.Random(seed).shuffle(of_task)
     samples = {task: of_task[: data.samples] for task, of_task in samples.items()}
-    if data.image_folder is not None:
-        check_images([sample for of_task in samples.values() for sample in of_task], data.data, data.image_folder)
+    _check_shows_images("--data", [sample for of_task in samples.values() for sample in of_task], data)
     return samples
+
+
+def _check_shows_images(flag: str, samples: list[dict[str, Any]], given: CalibrationData) -> None:
+    if not any("image" in sample for sample in samples):
+        raise MixLoraError(
+            f"{flag} {given.data}: none of its samples has an image, so it does not show what LLaVA's layers see in "
+            "use; pass data with images"
+        )
+    if given.image_folder is None:
+        raise MixLoraError(f"{flag} {given.data} names images; pass the folder they lie in as --image-folder")
+    check_images(samples, given.data, given.image_folder)
 
 
 def batches(samples: list[dict], loaded: Loaded, given: CalibrationData, title: str) -> Iterator[Batch]:
