@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     doctoring.add_argument("--json", action="store_true", help="print bytes as JSON")
     _add_merge(commands)
     _add_eval(commands)
+    _add_interference(commands)
     return parser
 
 
@@ -191,6 +192,40 @@ def _add_eval(commands: Any) -> None:
     evaluating.add_argument("--conv-mode", default="llava_v1", help="conversation template (default: llava_v1)")
     evaluating.add_argument("--bits", type=int, default=16, choices=(16, 8, 4), help="8 or 4: quantize the model")
     evaluating.add_argument("--judge", metavar="LM", help="a causal language model that decides what is right as well")
+
+
+def _add_interference(commands: Any) -> None:
+    measuring = _add_command(
+        commands,
+        _interference,
+        "measure how much the tasks of a MixLoRA or LoRA adapter interfere",
+        "For each pair of tasks, and for A and B of each layer: what a gradient step on the one does to the other's "
+        "loss, in units of what the other's own step does. 1: as good; 0: nothing; below 0: harm. Measure a checkpoint "
+        "from the middle of training, on data that is not trained on. Needs matplotlib for the heatmaps.",
+        "llava-mixlora interference output/llava-mixlora/checkpoint-100 --data heldout.json --image-folder images",
+    )
+    measuring.add_argument("adapter", metavar="ADAPTER", help="folder of a MixLoRA adapter, or of LLaVA's own LoRA")
+    measuring.add_argument("--data", required=True, metavar="DATA", help="LLaVA's training data with fields 'task'")
+    measuring.add_argument("--image-folder", metavar="DIR", help="where the images of DATA lie")
+    measuring.add_argument("--samples", type=_positive, default=64, help="how many of each task (default: 64)")
+    measuring.add_argument("--batch-size", type=_positive, default=8, help="samples of a gradient (default: 8)")
+    measuring.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
+    measuring.add_argument(
+        "--layers", nargs="+", default=[], metavar="NAME", help="only layers with one of these in their name: layers.0"
+    )
+    measuring.add_argument(
+        "--estimator",
+        default="ratio-of-means",
+        choices=("ratio-of-means", "mean-of-ratios"),
+        help="where the mean over batches is taken: of both losses' changes (default), or of their ratio as in the "
+        "paper, which one batch can decide whose own loss hardly changes",
+    )
+    measuring.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
+    measuring.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
+    measuring.add_argument("--model-base", metavar="BASE", help="the adapter's base (default: the one that it names)")
+    measuring.add_argument(
+        "--output", metavar="DIR", help="folder for interference.json and .png (default: ADAPTER/interference)"
+    )
 
 
 def _positive(word: str) -> int:
@@ -294,6 +329,24 @@ def _eval(arguments: argparse.Namespace) -> None:
     if result is not None:
         print(table(result))
         print(f"\nWrote answers.jsonl, scores.json and scores.md to {given.output}")
+
+
+def _interference(arguments: argparse.Namespace) -> None:
+    from .calibration import CalibrationData
+    from .interference import interference
+    from .preflight import check_model_path, check_writable
+
+    given = arguments
+    check_model_path("ADAPTER", given.adapter)
+    output = given.output or os.path.join(given.adapter, "interference")
+    check_writable(output, "--output")
+    data = CalibrationData(
+        given.data, given.image_folder, samples=given.samples, version=given.version, batch_size=given.batch_size
+    )
+    found = interference(given.adapter, given.model_base, data, given.tasks, given.layers, given.estimator, given.seed)
+    found.save(Path(output))
+    print("\n".join(found.lines()))
+    print(f"Wrote interference.json and interference.png to {output}")
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
