@@ -120,6 +120,23 @@ def test_gradient_form_agrees_with_steps_that_are_made(adapters, llava_folder, g
     assert compared >= 2 * 3 * 2 * 2  # half of them, at least
 
 
+def test_no_gradient_of_the_routers_flows_into_the_factors(llama):
+    model = randomise(get_peft_model(llama, MixLoraConfig(r=2, num_factors=4, target_modules=["q_proj", "up_proj"])))
+    model.eval()
+    parameters, ids = list(factor_parameters(model).values()), random_ids(2, 6)
+
+    def gradients():
+        return torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
+
+    straight_through = gradients()
+    with generation():
+        model(input_ids=ids, labels=ids)
+        expected = gradients()  # with the cores of the first forward pass as constants
+    fix_routes(model)
+    assert all(torch.allclose(found, wanted) for found, wanted in zip(gradients(), expected))
+    assert not all(torch.allclose(found, wanted) for found, wanted in zip(straight_through, expected))
+
+
 def test_plain_lora_is_measured_in_the_language_model_alone(adapters, llava_folder):
     model = load_for_inference(adapters["LoRA"], llava_folder, keep_adapter=True)[1]
     assert len(factor_parameters(model)) == 2 * 14
