@@ -4,7 +4,7 @@ A step of length λ on a batch x_j of task j lowers the loss of a batch x_i of t
 
     gain(x_i, x_j) = ⟨∇L_i(x_i), ∇L_j(x_j) / ‖∇L_j(x_j)‖⟩ ,
 
-so the Gram matrix of the gradients holds all gains, and λ drops out of their ratios (Shen et al., 2024, section 4.1).
+so the Gram matrix of the gradients holds all gains, and λ drops out of their ratios (Shen et al., 2024).
 A batch is never paired with itself: a step on x_i always helps x_i, by the noise of that one gradient, which would be
 most of Δ_i L_i. With Δ_j L_i(x_i) = E over x_j of gain(x_i, x_j), the ratio can be taken in two ways:
 
