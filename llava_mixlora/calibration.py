@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,27 +150,40 @@ def _check_shows_images(flag: str, samples: list[dict[str, Any]], given: Calibra
 
 def batches(samples: list[dict], loaded: Loaded, given: CalibrationData, title: str) -> Iterator[Batch]:
     """The samples as LLaVA's training prepares them, with the image features in the sequence: inputs of the model."""
+    dataset, collate = training_data(samples, loaded, given.image_folder, given.version)
+    for start in tqdm(range(0, len(samples), given.batch_size), desc=title, unit="batch"):
+        batch = collate([dataset[number] for number in range(start, min(start + given.batch_size, len(samples)))])
+        yield _with_images(loaded[1], batch)
+
+
+def training_data(
+    samples: list[dict], loaded: Loaded, image_folder: str | Path | None, version: str
+) -> tuple[Any, Callable[[list[dict[str, Any]]], Batch]]:
+    """Upstream's data set of conversations, and its function that makes a batch of some of its items.
+
+    Sets upstream's conversation template, which is global there.
+
+    Raises:
+        MixLoraError: there is no template `version`.
+    """
     from llava import conversation
     from llava.train.train import DataArguments, make_supervised_data_module
 
-    if given.version not in conversation.conv_templates:
+    if version not in conversation.conv_templates:
         known = ", ".join(conversation.conv_templates)
-        raise MixLoraError(f"--version {given.version}: no such conversation template; expected one of {known}")
-    conversation.default_conversation = conversation.conv_templates[given.version]
+        raise MixLoraError(f"--version {version}: no such conversation template; expected one of {known}")
+    conversation.default_conversation = conversation.conv_templates[version]
     tokenizer, model, image_processor = loaded
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(samples, file)
         file.flush()
-        arguments = DataArguments(data_path=file.name, image_folder=str(given.image_folder), is_multimodal=True)
+        arguments = DataArguments(data_path=file.name, image_folder=str(image_folder), is_multimodal=True)
         arguments.image_processor = image_processor
         arguments.image_aspect_ratio = getattr(model.config, "image_aspect_ratio", None) or "square"
         arguments.mm_use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)
         module = make_supervised_data_module(tokenizer, arguments)
-    dataset, collate = module["train_dataset"], module["data_collator"]
-    for start in tqdm(range(0, len(samples), given.batch_size), desc=title, unit="batch"):
-        batch = collate([dataset[number] for number in range(start, min(start + given.batch_size, len(samples)))])
-        yield _with_images(model, batch)
+    return module["train_dataset"], module["data_collator"]
 
 
 def calibrate(model: nn.Module, read: Callable[[str], Iterator[Batch]], methods: tuple[str, ...]) -> Calibrated:

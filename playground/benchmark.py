@@ -30,6 +30,9 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_mixlora import MixLoraConfig
+from llava_mixlora.calibration import training_data
+from llava_mixlora.loading import load_for_inference
+from llava_mixlora.preflight import read_conversations
 
 HERE = Path(__file__).parent
 INSTANCES = 4
@@ -223,21 +226,13 @@ def _layer_variants(d_in: int, d_out: int, E: int, r: int) -> dict[str, nn.Modul
 
 
 def _playground_model(adapter: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    from llava import conversation
-    from llava.model.builder import load_pretrained_model
-    from llava.train.train import DataArguments, make_supervised_data_module
-
     cache = HERE / "cache"
-    loaded = load_pretrained_model(str(cache / "llava-v1-tiny"), None, "llava-v1-tiny", device="cpu")
-    tokenizer, model, image_processor, _ = loaded
-    tokenizer.pad_token = tokenizer.unk_token
-    conversation.default_conversation = conversation.conv_templates["llava_v1"]
-    data = DataArguments(data_path=str(cache / "data" / "train.json"), image_folder=str(cache / "data" / "images"))
-    data.image_processor, data.is_multimodal, data.mm_use_im_start_end = image_processor, True, False
-    module = make_supervised_data_module(tokenizer, data)
-    batch = module["data_collator"]([module["train_dataset"][number] for number in range(48)])
+    loaded = load_for_inference(cache / "llava-v1-tiny")
+    samples = read_conversations(cache / "data" / "train.json")[:48]
+    dataset, collate = training_data(samples, loaded, cache / "data" / "images", "llava_v1")
+    batch = collate([dataset[number] for number in range(len(samples))])
     adapter.exclude_modules = r".*(mm_projector|vision_tower).*"
-    model = get_peft_model(model.float(), adapter).train()
+    model = get_peft_model(loaded[1], adapter).train()
     for parameter in model.get_model().mm_projector.parameters():
         parameter.requires_grad = True  # upstream's LoRA runs train the projector too
     return model, batch

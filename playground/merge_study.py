@@ -10,10 +10,9 @@ Writes `playground/results/merge.json`, and prints the table.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from llava_mixlora.merge import static_updates, write_merged
 from llava_mixlora.static_adapter import SavedAdapter
 from playground.atomic import write_json
 from playground.embedded_default import CHECKPOINTS, FINETUNING, HELDOUT, HERE, IMAGES, TRAIN
+from playground.notes import Notes
 
 METHODS = ("mean", "lstsq", "regression")
 TASK_METHOD = "lstsq"
@@ -99,27 +99,6 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"| {task} | " + " | ".join(f"{results['accuracy'][n][task]:.1f}%" for n in names) + " |")
     lines.append("| **mean** | " + " | ".join(f"**{results['mean'][name]:.1f}%**" for name in names) + " |")
     return "\n".join(lines)
-
-
-class Notes:
-    """Measurements by name in a JSON file; those of a study with other settings are dropped."""
-
-    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
-        self.file, self.settings = file, settings
-        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        self.taken: dict[str, Any] = stored["taken"] if stored.get("settings") == settings else {}
-
-    def has(self, *names: str) -> bool:
-        """Whether all of these have been measured."""
-        return all(name in self.taken for name in names)
-
-    def take(self, name: str, measure: Callable[[], Any]) -> None:
-        """Measure, unless that was done before."""
-        if name not in self.taken:
-            self.taken[name] = measure()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, {"settings": self.settings, "taken": self.taken})
-            print(f"{name}: {self.taken[name]}", flush=True)
 
 
 def _calibration(arguments: argparse.Namespace, task: str | None = None) -> CalibrationData:

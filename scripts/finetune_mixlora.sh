@@ -64,9 +64,10 @@ fi
 if [[ -z "${MODEL:-}" ]]; then
     # Waiting threads must not spin: on a few cores, one other busy program would slow them down many times over.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+    # A trial leaves what a real run made alone.
     exec python -m playground.embedded_default --routing "$routing" --factors "$factors" --rank "$rank" \
-        --output "${OUTPUT_DIR:-$root/playground/output/llava-v1-tiny-$kind}" \
-        ${CACHE_DIR:+--cache "$CACHE_DIR"} ${TRIAL:+--trial} -- "$@"
+        --output "${OUTPUT_DIR:-$root/playground/output/${TRIAL:+trial/}llava-v1-tiny-$kind}" \
+        --cache "${CACHE_DIR:-$root/playground/cache${TRIAL:+/trial}}" ${TRIAL:+--trial} -- "$@"
 fi
 
 : "${DATA_PATH:?set DATA_PATH to the training data (JSON in the format of LLaVA)}"
