@@ -159,11 +159,13 @@ def main() -> int:
 
 def study(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is not trained yet; returns the contents of `study.json`."""
+    wanted = [cell for cell in cells() if arguments.only in cell.name]
+    if not wanted:
+        raise MixLoraError(f"--only {arguments.only}: expected a part of names such as {cells()[1].name!r}")
     base = prepare_base(arguments)
     plan = Plan(str(arguments.cache.absolute()), **(TRIAL if arguments.trial else {}))
     settings = {name: value for name, value in asdict(plan).items() if name != "cache"}
     notes = Notes(arguments.notes, {**settings, "base": (base / MADE_FROM).read_text()})
-    wanted = [cell for cell in cells() if arguments.only in cell.name]
     tuned = list(dict.fromkeys(cell.tuned_as for cell in wanted))
     with _pool(arguments.processes) as pool:
         for attempt in itertools.count(1):

@@ -173,6 +173,32 @@ def test_mme_script_gives_the_totals_of_mme(finished, tmp_path):
     assert refused.returncode == 1 and "expected MODEL and MME_FOLDER" in refused.stderr
 
 
+def study(place, *words):
+    places = ["--cache", place / "cache", "--results", place / "results", "--notes", place / "notes.json"]
+    command = [sys.executable, "-m", "playground.study", *words, "--trial", *map(str, places)]
+    return subprocess.run(command, env=environment(place), capture_output=True, text=True, cwd=ROOT)
+
+
+def test_study_keeps_what_it_has_measured_and_ends_with_table_and_picture(finished):
+    place, _ = finished
+    done = study(place, "run", "--only", "LoRA, r=2")
+    assert done.returncode == 0, done.stderr
+    (cell,) = json.loads((place / "results" / "study.json").read_text())["cells"]
+    assert (cell["row"], cell["r"], list(cell["seeds"])) == ("LoRA", 2, ["0", "1", "2"])
+    assert len(cell["by_task"]) == TASKS - 1 and {"zero_shot_mean", "learning_rate"} <= set(cell)
+    assert (place / "results" / "study.png").read_bytes().startswith(b"\x89PNG")
+    measured = (place / "notes.json").read_text()
+    shown = study(place, "show")
+    assert "| LoRA | " in shown.stdout and shown.stdout in done.stdout
+    again = study(place, "run", "--only", "LoRA, r=2")
+    assert again.returncode == 0 and (place / "notes.json").read_text() == measured
+
+
+def test_study_names_a_choice_of_no_cell(finished):
+    done = study(finished[0], "--only", "DoRA")
+    assert done.returncode == 1 and done.stderr.startswith("error: --only DoRA: expected a part of names")
+
+
 def test_run_interrupted_while_training_goes_on_with_training(finished):
     place, _ = finished
     output = place / "llava-v1-interrupted"
