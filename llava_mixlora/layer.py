@@ -21,7 +21,7 @@ from .merged_weight import merged_weight, set_weight, weight_of
 from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
 from .routing_scope import RoutingScope, current_scope, is_recomputing
 from .routing_statistics import count_choices
-from .static_core import Moments, instance_moments, low_rank_pair, lstsq_core
+from .static_core import Moments, low_rank_pair, lstsq_core
 
 Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None], None]
 """Sees a layer's forward pass: layer, adapter, x [B, S, d_in], z = x Aᵀ [B, S, E], cores [B, E, E], attended [B, S]."""
@@ -172,7 +172,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def moments(self, adapter: str) -> Moments:
-        """What training has summed for [`static_core`], in float64; views, in which it goes on adding.
+        """What training has summed for [`static_core`], in float64; views, to which every forward pass adds at its end.
 
         The buffer holds the bits of float64 numbers as whole numbers, which no cast of the model to another float type
         touches. Padding is left out, dropout too; a checkpoint's second forward pass does not count again.
@@ -180,20 +180,20 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         return Moments(*self.mixlora_stats_moments[adapter].view(torch.float64))
 
     def _observe(self, x: Tensor, z: Tensor, cores: Tensor, adapter: str) -> None:
-        """Add a training step's forward pass to the moments, and show any forward pass to the observer."""
+        """Note a training step's forward pass for the moments, and show any forward pass to the observer."""
         scope = current_scope()
         trains = self.training and scope is not None and scope.trains and not is_recomputing()
         if not trains and self.observer is None:
             return
         attended = scope.attended if scope is not None and scope.covers(x) else None
-        with torch.no_grad():
-            if self.training and not isinstance(self.mixlora_dropout[adapter], nn.Identity):
+        if self.training and not isinstance(self.mixlora_dropout[adapter], nn.Identity):
+            with torch.no_grad():
                 z = F.linear(x, self.mixlora_A[adapter])
-            with torch.autocast(x.device.type, enabled=False):
-                if trains:
-                    self.mixlora_stats_moments[adapter].view(torch.float64).add_(instance_moments(z, cores, attended))
-                if self.observer is not None:
-                    self.observer(self, adapter, x, z, cores, attended)
+        if trains:
+            scope.moments.note(self.mixlora_stats_moments[adapter].view(torch.float64), z, cores, attended)
+        if self.observer is not None:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                self.observer(self, adapter, x, z, cores, attended)
 
     def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         # Worded so that what matches the messages of PEFT's LoRA matches these.

@@ -27,6 +27,7 @@ from transformers import Cache
 
 from .balance_loss import BalanceLoss
 from .errors import MixLoraError
+from .training_moments import TrainingMoments
 
 if TYPE_CHECKING:
     from .layer import MixLoraLayer
@@ -60,6 +61,7 @@ class RoutingScope:
         self.computed: HeldCores = {}
         self.trains = False  # whether the forward pass is a step of training, to be counted and balanced
         self.balance = BalanceLoss()
+        self.moments = TrainingMoments()
         self.model: nn.Module | None = None
         self.outer: RoutingScope | None = None
         self.set_positions(shape, attended, prompt)
@@ -217,7 +219,10 @@ class ScopedCheckpoint:
             with use_scope(scope, has_run_before):
                 return function(*inputs, **options)
 
-        return self.checkpoint(run_in_scope, *args, **kwargs)
+        output = self.checkpoint(run_in_scope, *args, **kwargs)
+        if scope is not None:
+            scope.moments.make()  # now, or they would keep alive what the checkpoint frees
+        return output
 
 
 def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -246,9 +251,10 @@ def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if isinstance(cache, Cache) and (scope.held or scope.computed):
         _held_by_cache[cache] = {**scope.held, **scope.computed}
     _state.scope = scope.outer
-    if scope.balance.terms and output is not None:  # None when the forward pass failed
-        return scope.balance.add_to(output)
-    return None
+    if output is None:  # the forward pass failed
+        return None
+    scope.moments.add()
+    return scope.balance.add_to(output) if scope.balance.terms else None
 
 
 def _share_of_loss(inputs: dict[str, Any]) -> Tensor | None:

@@ -59,14 +59,26 @@ def instance_moments(z: Tensor, core: Tensor, attended: Tensor | None = None) ->
     `z` [B, S, E], `core` [B, E, E]; `attended` bool [B, S], False at padding, which does not count; None: no padding.
     Those of one instance are made in float32 at least, sums over instances in float64.
     """
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    z, core = z.to(dtype), core.to(dtype)
+    return summed_moments(instance_grams(z, attended), core)
+
+
+def instance_grams(z: Tensor, attended: Tensor | None = None) -> Tensor:
+    """Σ zᵀz over the positions of each instance, [B, E, E] in float32 at least; the rest as in [`instance_moments`]."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     if attended is not None:
         z = z * attended.unsqueeze(-1)
-    gram = torch.bmm(z.transpose(1, 2), z)  # [B, E, E]
-    cross = torch.bmm(gram, core)
-    power = torch.bmm(core.transpose(1, 2), cross)
-    return torch.stack((core, gram, cross, power)).sum(dim=1, dtype=torch.float64)
+    return torch.bmm(z.transpose(1, 2), z)
+
+
+def summed_moments(gram: Tensor, core: Tensor) -> Tensor:
+    """The [`Moments`] of instances in float64, [..., 4, E, E], from `gram` of [`instance_grams`] and `core`.
+
+    Both are [..., B, E, E]; the dimensions in front, such as layers, stay.
+    """
+    core = core.to(gram.dtype)
+    cross = gram @ core
+    power = core.mT @ cross
+    return torch.stack([part.sum(dim=-3, dtype=torch.float64) for part in (core, gram, cross, power)], dim=-3)
 
 
 def instance_input_moments(x: Tensor, z: Tensor, core: Tensor, attended: Tensor | None = None) -> InputMoments:

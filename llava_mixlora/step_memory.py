@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from .routing_scope import current_scope
+
 MEASURED_LAYERS = 2
 """The decoder layers that a model needs for [`peak_of_step`] to tell what any number of them takes."""
 
@@ -146,7 +148,8 @@ def peak_of_step(
         alive_before: dict[nn.Module, int] = {}
 
         def note(module: nn.Module, args: Any) -> None:
-            alive_before.setdefault(module, live.live)  # a checkpointed layer runs again
+            kept = live.live - current_scope().moments.made_bytes  # they are gone in the backward pass
+            alive_before.setdefault(module, kept)  # a checkpointed layer runs again
 
         decoder.layers[-1].register_forward_pre_hook(note)
         decoder.norm.register_forward_pre_hook(note)

@@ -1,6 +1,8 @@
 """What training sums for static cores: every attended position once, whatever the way of training."""
 
 import copy
+import threading
+import weakref
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig
+from llava_mixlora import MixLoraConfig, training_moments
 from llava_mixlora.mixture import core
 from llava_mixlora.static_core import instance_moments
+from llava_mixlora.training_moments import TrainingMoments
 
 from ..tiny import layers, random_ids, randomise
 
@@ -24,9 +27,9 @@ def adapt(model, **options):
     return randomise(get_peft_model(model, MixLoraConfig(**options))).train()
 
 
-def moments(model):
+def moments(model, adapter="default"):
     """[layers, 4, E, E]"""
-    return torch.stack([torch.stack(list(layer.moments("default"))) for layer in layers(model).values()]).clone()
+    return torch.stack([torch.stack(list(layer.moments(adapter))) for layer in layers(model).values()]).clone()
 
 
 def train(model, seed=0, rows=3, mask=None):
@@ -95,6 +98,117 @@ def test_autocast_sums_in_float64(llama):
     assert found.dtype == torch.float64
     # Routes may differ in bfloat16, so only the layer that sees the same inputs.
     torch.testing.assert_close(found[0, 1], expected[0, 1], atol=0.05, rtol=0.05)
+
+
+def test_autocast_around_the_model_does_not_reach_the_sums(llama):
+    """Of a single instance, H is G C."""
+    model = adapt(llama)
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model, rows=1)
+    core, gram, cross, power = moments(model).unbind(1)
+    torch.testing.assert_close(cross, gram @ core, **CLOSE)
+    torch.testing.assert_close(power, core.mT @ cross, **CLOSE)
+
+
+@pytest.mark.parametrize("most_numbers", [1, 500, training_moments.MOST_NUMBERS])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_forward_that_fails_counts_in_no_layer(llama, monkeypatch, error, most_numbers):
+    monkeypatch.setattr(training_moments, "MOST_NUMBERS", most_numbers)
+    model = adapt(llama)
+    expected = summed_by_hand(model)
+
+    def fail(*_):
+        raise error
+
+    handle = model.base_model.model.model.norm.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        train(model, seed=1)
+    handle.remove()
+    assert not moments(model).any()
+    train(model)
+    torch.testing.assert_close(moments(model), expected, **CLOSE)
+
+
+def test_forward_of_another_thread_counts_for_itself(llama):
+    """It runs as a whole within one that then fails."""
+    model = adapt(llama)
+    expected = summed_by_hand(model, seed=1)
+
+    def run_another_and_fail(*_):
+        handle.remove()
+        thread = threading.Thread(target=train, args=(model, 1))
+        thread.start()
+        thread.join()
+        raise ValueError
+
+    handle = model.base_model.model.model.layers[1].register_forward_pre_hook(run_another_and_fail)
+    with pytest.raises(ValueError):
+        train(model)
+    torch.testing.assert_close(moments(model), expected, **CLOSE)
+
+
+def test_adapters_of_different_sizes_sum_as_each_does_alone(llama):
+    model = adapt(llama)
+    model.add_adapter("second", MixLoraConfig(r=1, num_factors=E + 1, task_type="CAUSAL_LM"))
+    randomise(model, seed=2)
+    both = copy.deepcopy(model)
+    both.base_model.set_adapter(["default", "second"])
+    train(both)
+    for adapter, size in (("default", E), ("second", E + 1)):
+        model.set_adapter(adapter)
+        train(model)
+        found, alone = moments(both, adapter), moments(model, adapter)
+        assert found.shape == (14, 4, size, size)
+        # The first layers see the same input whether or not the other adapter is active too.
+        torch.testing.assert_close(found[:3], alone[:3], **CLOSE)
+        assert found.flatten(1).any(dim=1).all()
+
+
+def test_many_layers_of_several_shapes_sum_as_each_does_alone():
+    """One of them twice, as a layer that is run twice notes it."""
+    generator, noted = torch.Generator().manual_seed(0), TrainingMoments()
+    found, expected = {}, {}
+    for number in [*range(20), 0]:
+        instances, positions, size = 1 + number % 3, 5 + number % 5, 2 + number % 2
+        z = torch.randn(instances, positions, size, generator=generator, requires_grad=True)
+        core = torch.randn(instances, size, size, generator=generator, requires_grad=True)
+        attended = torch.rand(instances, positions, generator=generator) < 0.7 if number % 2 else None
+        total = found.setdefault(number, torch.ones(4, size, size, dtype=torch.float64))
+        noted.note(total, z, core, attended)
+        expected[number] = expected.get(number, 1) + instance_moments(z, core, attended).detach()
+    for _ in range(2):  # what has been added is not added again
+        noted.add()
+        for number, total in found.items():
+            torch.testing.assert_close(total, expected[number])
+            assert not total.requires_grad
+
+
+def test_memory_of_what_waits_is_bounded(monkeypatch):
+    monkeypatch.setattr(training_moments, "MOST_NUMBERS", 3 * (10 * E + E * E))
+    noted, alive = TrainingMoments(), weakref.WeakSet()
+    for _ in range(20):
+        z = torch.randn(1, 10, E)
+        alive.add(z)
+        noted.note(torch.zeros(4, E, E, dtype=torch.float64), z, torch.randn(1, E, E), None)
+        del z
+        assert len(alive) < 3
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING[1:], ids=["reentrant", "non-reentrant"])
+def test_what_a_checkpoint_frees_does_not_wait(llama, monkeypatch, checkpointing):
+    model, alive, counted = adapt(llama), weakref.WeakSet(), []
+    note = TrainingMoments.note
+
+    def watch(self, total, z, *others):
+        alive.add(z)
+        counted.append(len(alive))
+        note(self, total, z, *others)
+
+    monkeypatch.setattr(TrainingMoments, "note", watch)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+    train(model)
+    assert counted == [1, 2, 3, 4, 5, 6, 7] * 2  # the linear layers of a checkpointed decoder layer
 
 
 def test_casts_of_the_model_change_no_bit(llama):

@@ -1,0 +1,79 @@
+"""What a training forward pass adds to the moments of its layers, made for many layers at once.
+
+The moments are sums of small matrices. On a small model their operations cost less than starting them from within a
+layer, between large operations that leave the processor's caches cold. So a layer only hands over its z and its cores,
+and the moments are made for many layers in a row: when the forward pass is over, when a checkpoint within it ends and
+frees what its layers have computed, or when [`MOST_NUMBERS`] wait.
+
+Where autograd keeps z and cores for the backward pass, waiting takes no memory. Where it does not keep z (with dropout,
+or routers without a gradient) it takes what [`MOST_NUMBERS`] take: of LLaVA-7B (224 layers, E = 16, S = 700, B = 16)
+the z of 45 layers, 32 MB in float32. Moments that wait to be added take 32·E² bytes a layer, there 1.8 MB in all.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .static_core import instance_grams, summed_moments
+
+MOST_NUMBERS = 2**23
+"""In z and cores together, before moments are made of them."""
+
+
+class _Pass(NamedTuple):
+    """One layer's forward pass: z [B, S, E], cores [B, E, E], attended [B, S], and its total, float64 [4, E, E]."""
+
+    total: Tensor
+    z: Tensor
+    cores: Tensor
+    attended: Tensor | None
+
+
+class TrainingMoments:
+    """The moments of one forward pass of a model, until they are added to the totals of its layers.
+
+    A forward pass that fails is never added, so it counts in all of its layers or in none.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[_Pass] = []
+        self._numbers = 0
+        self._made: list[tuple[Tensor, Tensor]] = []  # totals, and what is to be added to them
+
+    @property
+    def made_bytes(self) -> int:
+        """What moments take that have been made and not yet added."""
+        return sum(moments.nbytes for _, moments in self._made)
+
+    def note(self, total: Tensor, z: Tensor, cores: Tensor, attended: Tensor | None) -> None:
+        """Take a layer's part of the forward pass; `total`, float64 [4, E, E], is what it will be added to.
+
+        `z`, `cores` and `attended` are those of `static_core.instance_moments`.
+        """
+        self._waiting.append(_Pass(total, z, cores, attended))
+        self._numbers += z.numel() + cores.numel()
+        if self._numbers >= MOST_NUMBERS:
+            self.make()
+
+    @torch.no_grad()
+    def make(self) -> None:
+        """Make the moments of the layers that wait, and let go of their z and cores."""
+        alike: dict[tuple[torch.Size, torch.device], list[_Pass]] = {}
+        for waiting in self._waiting:
+            alike.setdefault((waiting.cores.shape, waiting.cores.device), []).append(waiting)
+        for (_, device), passes in alike.items():
+            with torch.autocast(device.type, enabled=False):
+                grams = torch.stack([instance_grams(each.z, each.attended) for each in passes])
+                moments = summed_moments(grams, torch.stack([each.cores for each in passes]))
+            self._made += [(each.total, of_layer) for each, of_layer in zip(passes, moments)]
+        self._waiting, self._numbers = [], 0
+
+    def add(self) -> None:
+        """Add the forward pass to the totals, and forget it."""
+        self.make()
+        for total, moments in self._made:
+            total.add_(moments)
+        self._made = []
