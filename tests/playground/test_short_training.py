@@ -13,7 +13,7 @@ from playground.short_training import WITHOUT_SYSTEM, Items, TinyLlava, accuracy
 from ..tiny import LINEAR_LAYERS, draw_pictures
 
 ANSWERS = ["red", "green", "blue", "circle", "square", "red circle", "shape", "color"]
-LEARNT = [0, 1, 2, 3]
+LEARNT = [0, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,10 @@ def adapted(llava, **options):
     return llava.adapted(config, seed=0)
 
 
-@pytest.mark.parametrize("options", [{"router_scope": "prompt"}, {"router_scope": "sequence"}, {"routing": "random"}])
-def test_right_is_what_greedy_decoding_answers_to_the_letter(llava, items, options):
-    model = adapted(llava, **options)
-    train(model, items, [LEARNT] * 150, 2e-2)
+@pytest.mark.parametrize("router_scope", ["prompt", "sequence"])
+def test_right_is_what_greedy_decoding_answers_to_the_letter(llava, items, router_scope):
+    model = adapted(llava, router_scope=router_scope)
+    train(model, items, [LEARNT] * 100, 3e-3)
     found = right(model, items)
     model.get_model().vision_tower = llava.loaded[1].get_vision_tower()
     asked = [
@@ -63,8 +63,10 @@ def test_right_is_what_greedy_decoding_answers_to_the_letter(llava, items, optio
 
 def test_accuracy_is_the_share_of_right_answers_of_each_task(llava, items):
     model = adapted(llava)
-    train(model, items, [LEARNT] * 150, 2e-2)
-    assert accuracy(model, items) == {"early": 100.0, "late": 0.0}
+    train(model, items, [LEARNT] * 100, 3e-3)
+    hits = right(model, items)
+    assert accuracy(model, items) == {"early": 25.0 * sum(hits[:4]), "late": 25.0 * sum(hits[4:])}
+    assert any(hits)
 
 
 def test_only_the_adapter_learns_and_the_base_stays_fresh(llava, items):
