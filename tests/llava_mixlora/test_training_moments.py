@@ -100,16 +100,6 @@ def test_autocast_sums_in_float64(llama):
     torch.testing.assert_close(found[0, 1], expected[0, 1], atol=0.05, rtol=0.05)
 
 
-def test_autocast_around_the_model_does_not_reach_the_sums(llama):
-    """Of a single instance, H is G C."""
-    model = adapt(llama)
-    with torch.autocast("cpu", torch.bfloat16):
-        train(model, rows=1)
-    core, gram, cross, power = moments(model).unbind(1)
-    torch.testing.assert_close(cross, gram @ core, **CLOSE)
-    torch.testing.assert_close(power, core.mT @ cross, **CLOSE)
-
-
 @pytest.mark.parametrize("most_numbers", [1, 500, training_moments.MOST_NUMBERS])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_forward_that_fails_counts_in_no_layer(llama, monkeypatch, error, most_numbers):
@@ -164,8 +154,9 @@ def test_adapters_of_different_sizes_sum_as_each_does_alone(llama):
         assert found.flatten(1).any(dim=1).all()
 
 
-def test_many_layers_of_several_shapes_sum_as_each_does_alone():
-    """One of them twice, as a layer that is run twice notes it."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_many_layers_of_several_shapes_sum_as_each_does_alone(autocast):
+    """One of them twice, as a layer that is run twice notes it; autocast around the model does not reach the sums."""
     generator, noted = torch.Generator().manual_seed(0), TrainingMoments()
     found, expected = {}, {}
     for number in [*range(20), 0]:
@@ -177,7 +168,8 @@ def test_many_layers_of_several_shapes_sum_as_each_does_alone():
         noted.note(total, z, core, attended)
         expected[number] = expected.get(number, 1) + instance_moments(z, core, attended).detach()
     for _ in range(2):  # what has been added is not added again
-        noted.add()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            noted.add()
         for number, total in found.items():
             torch.testing.assert_close(total, expected[number])
             assert not total.requires_grad
