@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ from .static_core import (
 HELD_OUT, MOST_HELD_OUT = 0.1, 128  # share of the samples, and their number, that only judge the result
 INPUT_SUMS = 4 << 30  # bytes of Σ xᵀx that are held at a time; the data are read again for further layers
 ADAPTER = "default"
+Key = TypeVar("Key")
 Batch = dict[str, Any]
 
 
@@ -153,7 +154,7 @@ def batches(samples: list[dict], loaded: Loaded, given: CalibrationData, title: 
     dataset, collate = training_data(samples, loaded, given.image_folder, given.version)
     for start in tqdm(range(0, len(samples), given.batch_size), desc=title, unit="batch"):
         batch = collate([dataset[number] for number in range(start, min(start + given.batch_size, len(samples)))])
-        yield _with_images(loaded[1], batch)
+        yield with_images(loaded[1], batch)
 
 
 def training_data(
@@ -196,7 +197,8 @@ def calibrate(model: nn.Module, read: Callable[[str], Iterator[Batch]], methods:
         methods: of [`METHODS`]; `"regression"` only beside `"lstsq"`.
     """
     layers = adapted_layers(model)
-    groups = _groups(layers) if "regression" in methods else [[]]
+    sizes = {name: 8 * layer.in_features**2 for name, layer in layers.items()}  # of a float64 Σ xᵀx
+    groups = groups_within(sizes, INPUT_SUMS) if "regression" in methods else [[]]
     found = Calibrated({method: {} for method in methods})
     for number, group in enumerate(groups, start=1):
         sums = {name: _Sums(with_inputs=name in group) for name in (layers if number == 1 else group)}
@@ -341,22 +343,29 @@ def _observed(layers: dict[str, MixLoraLayer], observers: dict[str, Observer]) -
             layer.observer = None
 
 
-def _groups(layers: dict[str, MixLoraLayer]) -> list[list[str]]:
-    """Layers, the sums of whose inputs are held at the same time."""
-    groups: list[list[str]] = [[]]
+def groups_within(sizes: dict[Key, int], most: int) -> list[list[Key]]:
+    """The keys in their order, in groups whose sizes sum to `most` at most; a larger one has a group of its own."""
+    groups: list[list[Key]] = [[]]
     held = 0
-    for name, layer in layers.items():
-        size = 8 * layer.in_features**2
-        if groups[-1] and held + size > INPUT_SUMS:
+    for key, size in sizes.items():
+        if groups[-1] and held + size > most:
             groups.append([])
             held = 0
-        groups[-1].append(name)
+        groups[-1].append(key)
         held += size
     return groups
 
 
-def _with_images(model: nn.Module, batch: Batch) -> Batch:
-    """LLaVA's batch after it has put the image features into the sequence, which settles mask and labels."""
+def with_images(model: nn.Module, batch: Batch) -> Batch:
+    """LLaVA's batch after it has put the image features into the sequence, which settles mask and labels.
+
+    Args:
+        model: a PeftModel around a LLaVA.
+        batch: `input_ids`, `attention_mask` and `labels` [B, T], and `images` [B, 3, height, width].
+
+    Returns:
+        `inputs_embeds` [B, S, d], `attention_mask` and `labels` [B, S], and `position_ids` (None).
+    """
     batch = {name: value.to(model.device) for name, value in batch.items()}
     with torch.no_grad():
         _, positions, mask, _, embeddings, labels = model.get_base_model().prepare_inputs_labels_for_multimodal(

@@ -19,7 +19,7 @@ import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
-from .calibration import ADAPTER, CalibrationData, adapted_layers, batches, samples_by_task
+from .calibration import ADAPTER, CalibrationData, adapted_layers, batches, groups_within, samples_by_task
 from .errors import MixLoraError
 from .interference_estimate import FEWEST_BATCHES, RATIO_OF_MEANS, estimate
 from .interference_report import Interference
@@ -153,7 +153,8 @@ def gram_matrices(
     Raises:
         MixLoraError: no loss depends on any parameter.
     """
-    groups = _groups(parameters, number)
+    sizes = {key: 4 * number * parameter.numel() for key, parameter in parameters.items()}  # float32
+    groups = groups_within(sizes, GRADIENTS)
     grams: dict[Key, Tensor] = {}
     for turn, group in enumerate(groups, start=1):
         rows = {key: torch.zeros(number, parameters[key].numel()) for key in group}
@@ -169,17 +170,3 @@ def gram_matrices(
                     rows[key][position] = gradient.flatten()
         grams |= {key: rows[key] @ rows[key].t() for key in group if key in reached}
     return grams
-
-
-def _groups(parameters: dict[Key, nn.Parameter], number: int) -> list[list[Key]]:
-    """Parameters, `number` float32 gradients of which are held at the same time."""
-    groups: list[list[Key]] = [[]]
-    held = 0
-    for key, parameter in parameters.items():
-        size = 4 * number * parameter.numel()
-        if groups[-1] and held + size > GRADIENTS:
-            groups.append([])
-            held = 0
-        groups[-1].append(key)
-        held += size
-    return groups

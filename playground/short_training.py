@@ -20,7 +20,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
-from llava_mixlora.calibration import training_data
+from llava_mixlora.calibration import Batch, training_data, with_images
 from llava_mixlora.layer import MixLoraLayer
 from llava_mixlora.loading import Loaded, load_for_inference
 from llava_mixlora.routing_scope import IGNORE_INDEX
@@ -32,8 +32,6 @@ ASKED_AT_A_TIME = 60
 WITHOUT_SYSTEM = "llava_v1_without_system"
 Sample = dict[str, Any]
 """A conversation in LLaVA's format with its `task`."""
-Batch = dict[str, Tensor]
-"""LLaVA's inputs, with the tower's features [B, patches, width] as `images`."""
 
 
 class TinyLlava:
@@ -78,7 +76,7 @@ class Items:
         self._made: dict[int, dict[str, Tensor]] = {}
 
     def batch(self, numbers: Iterable[int]) -> Batch:
-        """The samples of these numbers, padded on the right."""
+        """LLaVA's inputs of these samples, `images` being the tower's features [B, patches, width]."""
         return self._collate([self._item(number) for number in numbers])
 
     def _item(self, number: int) -> dict[str, Tensor]:
@@ -136,9 +134,11 @@ def right(model: PeftModel, items: Items) -> list[bool]:
     _route_on_the_prompt(model)
     found: list[bool] = []
     for start in range(0, len(items.samples), ASKED_AT_A_TIME):
-        batch = items.batch(range(start, min(start + ASKED_AT_A_TIME, len(items.samples))))
+        numbers = range(start, min(start + ASKED_AT_A_TIME, len(items.samples)))
+        inputs = with_images(model, items.batch(numbers))
         with torch.inference_mode():
-            labels, predicted = _labels_and_predictions(model, batch)
+            predicted = model(**inputs).logits[:, :-1].argmax(dim=-1)
+        labels = inputs["labels"][:, 1:]
         found += ((predicted == labels) | (labels == IGNORE_INDEX)).all(dim=1).tolist()
     return found
 
@@ -149,12 +149,3 @@ def _route_on_the_prompt(model: PeftModel) -> None:
         if isinstance(layer, MixLoraLayer):
             for adapter, settings in layer.settings.items():
                 layer.settings[adapter] = replace(settings, router_scope="prompt")
-
-
-def _labels_and_predictions(model: PeftModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The labels after the first, and the token that is likeliest in the place of each; [B, S - 1]."""
-    _, positions, mask, _, embeddings, labels = model.get_base_model().prepare_inputs_labels_for_multimodal(
-        batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"]
-    )
-    logits = model(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, labels=labels).logits
-    return labels[:, 1:], logits[:, :-1].argmax(dim=-1)

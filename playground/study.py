@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 from collections.abc import Iterable
@@ -79,7 +80,7 @@ class Cell:
 
     @property
     def tuned_as(self) -> Cell:
-        """The cell whose learning rate this one takes: what the routers average does not change it."""
+        """The cell whose learning rate this one takes; the two scopes of a router share one."""
         return Cell(self.method, self.r, self.routing, self.router_gradient, "prompt" if self.router_scope else "")
 
     def config(self) -> PeftConfig:
@@ -131,10 +132,7 @@ class Plan:
 def main() -> int:
     """Command line; returns the exit status."""
     arguments = _parser().parse_args()
-    aside = Path("trial" if arguments.trial else "")  # a trial leaves what real runs made alone
-    arguments.cache = arguments.cache or HERE / "cache" / aside
-    arguments.notes = arguments.notes or HERE / "output" / aside / "study.json"
-    arguments.results = arguments.results or HERE / "results" / aside
+    choose_places(arguments)
     results = arguments.results / "study.json"
     try:
         if arguments.what == "run":
@@ -157,8 +155,19 @@ def main() -> int:
     return 0
 
 
+def choose_places(arguments: argparse.Namespace) -> None:
+    """Where nothing else is asked for: a trial, or a part of the study, leaves what the whole has made alone."""
+    aside = Path("trial" if arguments.trial else "")
+    whole = not arguments.trial and not arguments.only
+    arguments.cache = arguments.cache or HERE / "cache" / aside
+    arguments.notes = arguments.notes or HERE / "output" / aside / "study_notes.json"
+    arguments.results = arguments.results or (HERE / "results" if whole else HERE / "output" / aside / "study")
+
+
 def study(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train what is not trained yet; returns the contents of `study.json`."""
+    if arguments.processes < 1:
+        raise MixLoraError(f"--processes {arguments.processes}: expected a whole number of at least 1")
     wanted = [cell for cell in cells() if arguments.only in cell.name]
     if not wanted:
         raise MixLoraError(f"--only {arguments.only}: expected a part of names such as {cells()[1].name!r}")
@@ -283,6 +292,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 
 def _be_quiet_and_single() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupted study ends at once, without a traceback from each
     torch.set_num_threads(1)  # on tiny models, two threads of one run help less than two runs
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -320,9 +330,13 @@ def _parser() -> argparse.ArgumentParser:
         "what", nargs="?", choices=["run", "show"], default="run", help="show: draw and print what is stored"
     )
     parser.add_argument("--cache", type=Path, help="data and base model (default: playground/cache)")
-    parser.add_argument("--results", type=Path, help="folder to write (default: playground/results)")
     parser.add_argument(
-        "--notes", type=Path, help="keeps finished runs until all are there (default: playground/output/study.json)"
+        "--results", type=Path, help="folder to write (default: playground/results, in part playground/output/study)"
+    )
+    parser.add_argument(
+        "--notes",
+        type=Path,
+        help="keeps what is measured (default: playground/output/study_notes.json)",
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="of one thread (default: %(default)s)")
     parser.add_argument("--only", default="", help="cells whose name contains this, such as 'LoRA, r=4'")

@@ -18,7 +18,8 @@
 #   DEEPSPEED_CONFIG  scripts/zero2.json (default); scripts/zero3.json spreads the base model over the GPUs as well,
 #                     scripts/zero3_offload.json keeps it and the optimizer in the memory of the machine
 #   CACHE_DIR     where data and base model are kept                 TRIAL=1       a few steps only, to see that
-#                 (embedded default)                                               everything runs (embedded default)
+#                 (embedded default)                                               everything runs, in folders of
+#                                                                                  its own (embedded default)
 #   QLORA=1       what finetune_mixlora_qlora.sh does: a base model quantized to 4 bits, an output folder of its own
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"

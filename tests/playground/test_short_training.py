@@ -10,7 +10,7 @@ from llava_mixlora.answering import answer
 from llava_mixlora.questions import Question
 from playground.short_training import WITHOUT_SYSTEM, Items, TinyLlava, accuracy, drawn, right, train
 
-from ..tiny import LINEAR_LAYERS, draw_pictures
+from ..tiny import LINEAR_LAYERS, draw_pictures, randomise
 
 ANSWERS = ["red", "green", "blue", "circle", "square", "red circle", "shape", "color"]
 LEARNT = [0, 1, 2]
@@ -59,6 +59,13 @@ def test_right_is_what_greedy_decoding_answers_to_the_letter(llava, items, route
     answers = answer((tokenizer, model, image_processor), asked, WITHOUT_SYSTEM, 1, 16, progress=False)
     assert found == [text == truth for (_, (text,)), truth in zip(answers, ANSWERS)]
     assert True in found and False in found
+
+
+def test_answers_take_no_part_in_the_routes_even_of_routers_that_were_trained_on_them(llava):
+    model = randomise(adapted(llava, router_scope="sequence"))
+    right(model, Items(llava, [sample(0, "red"), sample(0, "square circle blue green")]))
+    for route in model.base_model.routes().values():
+        assert torch.equal(route.index_A[0], route.index_A[1]) and torch.equal(route.index_B[0], route.index_B[1])
 
 
 def test_accuracy_is_the_share_of_right_answers_of_each_task(llava, items):

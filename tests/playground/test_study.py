@@ -1,12 +1,13 @@
 """`playground.study`: its cells, and how it chooses learning rates."""
 
+from argparse import Namespace
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from playground.study import RATES, SEEDS, SINGLE, Cell, Run, best_rate, cells, rates_to_try
+from playground.study import RATES, SEEDS, SINGLE, Cell, Run, best_rate, cells, choose_places, rates_to_try
 
 CELL = Cell("MixLoRA", 4, "ifs_cfs", "none", "prompt")
 
@@ -62,3 +63,17 @@ def test_search_ends_at_a_local_best_whatever_the_accuracies(accuracies):
     place = RATES.index(found)
     rounded = [round(value, 2) for value in accuracies]
     assert rounded[place] >= max(rounded[max(0, place - 1) : place + 2])
+
+
+def places(**options):
+    given = Namespace(**{"trial": False, "only": "", "cache": None, "notes": None, "results": None, **options})
+    choose_places(given)
+    return given.cache, given.notes, given.results
+
+
+def test_part_of_the_study_leaves_the_results_of_the_whole_alone():
+    cache, notes, results = places()
+    assert results.name == "results"
+    assert places(only="LoRA")[:2] == (cache, notes) and places(only="LoRA")[2] != results
+    assert not {*places(trial=True)} & {cache, notes, results}
+    assert places(trial=True, results="asked for")[2] == "asked for"
