@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, Literal
 
-from peft import PeftConfig
-
 from .errors import MixLoraError
-from .registration import MIXLORA
+from .registration import MIXLORA, PeftConfig
 
 ROUTINGS = ("ifs_cfs", "ifs", "random")
 ROUTER_GRADIENTS = ("straight_through", "none")
@@ -145,6 +143,14 @@ class MixLoraConfig(PeftConfig):
         }
         return cls(**{**released, **overrides})
 
+    def rank_of(self, layer: str) -> int:
+        """r in the layer of this name: that of the first key of `rank_pattern` that matches it, or else `r`."""
+        return _first_match(self.rank_pattern, layer, self.r)
+
+    def alpha_of(self, layer: str) -> float:
+        """lora_alpha in the layer of this name, as [`rank_of`](MixLoraConfig.rank_of)."""
+        return _first_match(self.alpha_pattern, layer, self.lora_alpha)
+
     def _check_format(self) -> None:
         if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
             raise MixLoraError(
@@ -205,3 +211,8 @@ class MixLoraConfig(PeftConfig):
                 f"balance_loss_weight={weight!r} trains the routers, but {what} leaves none to train; set it to 0 or "
                 "choose another"
             )
+
+
+def _first_match(patterns: dict[str, Any], layer: str, default: Any) -> Any:
+    # Whole parts of a name from its end, as LoRA matches them in PEFT.
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
@@ -98,7 +97,7 @@ def describe(folder: str | Path) -> Iterator[str]:
     columns = [f"{name} {pool}" for pool in POOLS for name in ("entropy", "dead", "balance")]
     yield f"{'routing in training':<{width}}  {'instances':>9}  " + "  ".join(f"{name:>9}" for name in columns)
     for layer, row in figures.items():
-        instances = int(contents.usage[layer][0].sum()) // _rank(contents.config, layer)
+        instances = int(contents.usage[layer][0].sum()) // contents.config.rank_of(layer)
         yield f"{layer:<{width}}  {instances:>9,}  " + "  ".join(f"{figure:>9.3f}" for figure in row)
     mean = torch.tensor(list(figures.values())).mean(dim=0).tolist()
     yield f"{'mean over the layers':<{width}}  {'':>9}  " + "  ".join(f"{figure:>9.3f}" for figure in mean)
@@ -107,10 +106,6 @@ def describe(folder: str | Path) -> Iterator[str]:
 def _figures(usage: Tensor) -> list[float]:
     columns = zip(usage_entropy(usage).tolist(), dead_share(usage).tolist(), usage_balance(usage).tolist())
     return [figure for pool in columns for figure in pool]
-
-
-def _rank(config: MixLoraConfig, layer: str) -> int:
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
 
 
 def by_number(name: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .balance_loss import load_balance
@@ -19,6 +19,7 @@ from .config import MixLoraConfig
 from .errors import MixLoraError
 from .merged_weight import merged_weight, set_weight, weight_of
 from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
+from .registration import BaseTunerLayer
 from .routing_scope import RoutingScope, current_scope, is_recomputing
 from .routing_statistics import count_choices
 from .static_core import Moments, low_rank_pair, lstsq_core

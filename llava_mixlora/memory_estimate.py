@@ -22,7 +22,7 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
 )
 
 from .config import MixLoraConfig
@@ -110,7 +110,7 @@ class ModelConfig:
     `from_llava`: the projector comes with the model, in the dtype of its weights. `notes`: what had to be assumed.
     """
 
-    language: PreTrainedConfig
+    language: PretrainedConfig
     tower: CLIPVisionConfig | None
     projector_type: str
     image_tokens: int
@@ -347,7 +347,7 @@ def _read_json(source: str) -> dict[str, Any]:
         path = path / "config.json"
     elif not path.exists() and path.suffix != ".json":
         try:
-            return PreTrainedConfig.get_config_dict(source)[0]
+            return PretrainedConfig.get_config_dict(source)[0]
         except Exception as error:  # offline, no such name, no access: the hub's client has a type for each
             raise MixLoraError(
                 f"--estimate {source}: no such folder, and no such model can be read from the hub; give a model's "
@@ -405,7 +405,7 @@ def _projector(model: ModelConfig) -> nn.Module:
     patches.apply()  # without them LLaVA cannot be imported
     from llava.model.multimodal_projector.builder import build_vision_projector
 
-    sizes = PreTrainedConfig(
+    sizes = PretrainedConfig(
         mm_projector_type=model.projector_type,
         mm_hidden_size=model.tower.hidden_size,
         hidden_size=model.language.hidden_size,

@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
-from peft.utils.other import get_pattern_key
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from . import routing_scope
@@ -20,6 +18,7 @@ from .config import MixLoraConfig
 from .errors import MixLoraError
 from .layer import LayerSettings, MixLoraLayer, MixLoraLinear
 from .mixture import Route
+from .registration import BaseTuner, BaseTunerLayer
 
 USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
 LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -101,7 +100,7 @@ class MixLoraModel(BaseTuner):
             # Hooks belong to the model, which another thread may be using for other instances.
             return args, {**kwargs, "adapter_names": adapter_names} if threading.get_ident() == caller else kwargs
 
-        wrappers = [m for m in self.modules() if isinstance(m, (MixLoraLayer, AuxiliaryTrainingWrapper))]
+        wrappers = [m for m in self.modules() if isinstance(m, (MixLoraLayer, ModulesToSaveWrapper))]
         hooks = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
         try:
             yield
@@ -142,8 +141,8 @@ class MixLoraModel(BaseTuner):
     ) -> None:
         settings = LayerSettings.from_config(
             config,
-            r=config.rank_pattern.get(get_pattern_key(config.rank_pattern, current_key), config.r),
-            lora_alpha=config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, current_key), config.lora_alpha),
+            r=config.rank_of(current_key),
+            lora_alpha=config.alpha_of(current_key),
             seed=zlib.crc32(current_key.encode()),
         )
         if isinstance(target, MixLoraLayer):

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache
 
 from .balance_loss import BalanceLoss
@@ -125,7 +125,8 @@ class _ThreadState(threading.local):
 
 
 _state = _ThreadState()
-_held_by_cache: weakref.WeakKeyDictionary[Cache, HeldCores] = weakref.WeakKeyDictionary()
+_held_by_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""HeldCores by [`_identity`] of the cache."""
 
 
 def current_scope() -> RoutingScope | None:
@@ -247,8 +248,8 @@ def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     scope = _state.scope
     if scope.computed and _state.held is not None:
         _state.held = {**_state.held, **scope.computed}
-    cache = getattr(output, "past_key_values", None)
-    if isinstance(cache, Cache) and (scope.held or scope.computed):
+    cache = _identity(getattr(output, "past_key_values", None))
+    if cache is not None and (scope.held or scope.computed):
         _held_by_cache[cache] = {**scope.held, **scope.computed}
     _state.scope = scope.outer
     if output is None:  # the forward pass failed
@@ -275,7 +276,17 @@ def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _held_cores(cache: Any) -> HeldCores | None:
     if _state.held is not None:
         return _state.held
-    return _held_by_cache.get(cache) if isinstance(cache, Cache) else None
+    cache = _identity(cache)
+    return None if cache is None else _held_by_cache.get(cache)
+
+
+def _identity(cache: Any) -> Cache | Tensor | None:
+    """What tells a cache from others: itself, or the first tensor of the tuples that transformers 4.37 hands around."""
+    if isinstance(cache, Cache):
+        return cache
+    while isinstance(cache, tuple) and cache:
+        cache = cache[0]
+    return cache if isinstance(cache, Tensor) else None
 
 
 def _positions(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
@@ -69,8 +68,7 @@ class SavedAdapter(Mapping[str, SavedLayer]):
         factors_A, factors_B = (self._tensors.get_tensor(f"{name}.mixlora_{pool}") for pool in "AB")
         sums = f"{name}.mixlora_stats_moments"
         moments = Moments(*self._tensors.get_tensor(sums)) if sums in self._names else None
-        r = self.config.rank_pattern.get(get_pattern_key(self.config.rank_pattern, layer), self.config.r)
-        alpha = self.config.alpha_pattern.get(get_pattern_key(self.config.alpha_pattern, layer), self.config.lora_alpha)
+        r, alpha = self.config.rank_of(layer), self.config.alpha_of(layer)
         has_moments = moments is not None and bool(moments.core.any())
         return SavedLayer(factors_A, factors_B, moments if has_moments else None, entries=r * (alpha / r))
 

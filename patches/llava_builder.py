@@ -50,8 +50,9 @@ def _with_adapter(model: Any, model_path: str) -> Any:
     from peft import PeftConfig, PeftModel
 
     config = PeftConfig.from_pretrained(model_path)
-    if not is_mixlora_adapter(model_path) and not config.exclude_modules:
-        config.exclude_modules = NOT_THE_LANGUAGE_MODEL  # in upstream's LoRA runs the tower is loaded after the adapter
+    if not is_mixlora_adapter(model_path) and not isinstance(config.target_modules, str):
+        # In upstream's LoRA runs the tower is loaded after the adapter. PEFT 0.13 knows no exclude_modules.
+        config.target_modules = rf"(?!{NOT_THE_LANGUAGE_MODEL}).*\.({'|'.join(sorted(config.target_modules))})"
     return PeftModel.from_pretrained(model, model_path, config=config).eval()
 
 

@@ -1,16 +1,19 @@
-"""`llava.model.language_model.llava_llama`: loading a quantized LLaVA."""
+"""`llava.model.language_model.llava_llama`: loading a quantized LLaVA, and generating with it."""
 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .patch import Patch
 
-# The names as transformers 5 matches them: from the start of a module's full name, such as model.mm_projector.0
-NEVER_QUANTIZED = [".*mm_projector", ".*vision_tower", ".*vision_resampler"]
+NEVER_QUANTIZED = ["mm_projector", "vision_tower", "vision_resampler"]
+# transformers 5 matches from the start of a module's full name, such as model.mm_projector.0; before, it looked inside.
+FROM_THE_START = [f".*{name}" for name in NEVER_QUANTIZED]
 
 
 def _one_quantization_setting(original: Any) -> classmethod:
@@ -34,23 +37,40 @@ def _load_in_8bit_as_configuration(original: Any) -> classmethod:
     return classmethod(from_pretrained)
 
 
-def _quantize_the_language_model_only(original: Any) -> classmethod:
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
-        from transformers import BitsAndBytesConfig
+def _quantize_the_language_model_only(names: list[str]) -> Callable[[Any], classmethod]:
+    def replace(original: Any) -> classmethod:
+        def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+            from transformers import BitsAndBytesConfig
 
-        if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
-            quantization = kwargs["quantization_config"] = copy.copy(kwargs["quantization_config"])
-            # Without names, transformers would leave out the output layer; with some, it leaves out those alone.
-            named = quantization.llm_int8_skip_modules or ["lm_head"]
-            quantization.llm_int8_skip_modules = [*named, *NEVER_QUANTIZED]
-            if "torch_dtype" not in kwargs and "dtype" not in kwargs:
-                kwargs["torch_dtype"] = torch.float16
-        return original.__func__(cls, *args, **kwargs)
+            if isinstance(kwargs.get("quantization_config"), BitsAndBytesConfig):
+                quantization = kwargs["quantization_config"] = copy.copy(kwargs["quantization_config"])
+                # Without names, transformers would leave out the output layer; with some, it leaves out those alone.
+                named = quantization.llm_int8_skip_modules or ["lm_head"]
+                quantization.llm_int8_skip_modules = [*named, *names]
+                if "torch_dtype" not in kwargs and "dtype" not in kwargs:
+                    kwargs["torch_dtype"] = torch.float16
+            return original.__func__(cls, *args, **kwargs)
 
-    return classmethod(from_pretrained)
+        return classmethod(from_pretrained)
+
+    return replace
+
+
+def _drop_cache_position(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, cache_position: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)  # the decoder finds the position in the cache
+
+    return forward
 
 
 PATCHES = (
+    Patch(
+        "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.forward",
+        why="generate() passes a cache_position, which LLaVA's forward() does not take (haotian-liu/LLaVA#1218)",
+        replace=_drop_cache_position,
+        requires={"transformers": ">=4.38,<5.4"},
+    ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
         why="LLaVA passes load_in_4bit beside a quantization_config that says the same, which transformers refuses",
@@ -62,13 +82,19 @@ PATCHES = (
         why="transformers 5 now quantizes the projector that train() excludes by another name, and that the builder "
         "fills with 16-bit weights, and no longer makes the rest of a quantized model float16, which the builder's "
         "images are",
-        replace=_quantize_the_language_model_only,
+        replace=_quantize_the_language_model_only(FROM_THE_START),
         requires={"transformers": ">=5"},
     ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
-        why="the builder passes load_in_8bit, which transformers 5 only knows inside of a quantization_config",
+        why="transformers quantizes the projector too, which the builder then fills with 16-bit weights",
+        replace=_quantize_the_language_model_only(NEVER_QUANTIZED),
+        requires={"transformers": "<5"},
+    ),
+    Patch(
+        "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
+        why="the builder passes load_in_8bit outside of a quantization_config, where transformers 5 does not know it, "
+        "and where no one can leave the projector out",
         replace=_load_in_8bit_as_configuration,
-        requires={"transformers": ">=5"},
     ),
 )

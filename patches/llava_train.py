@@ -113,18 +113,27 @@ def running_arguments() -> MixLoraArguments | None:
 
 
 @dataclass
+class EvaluationStrategy:
+    """The flag that upstream's scripts pass for what is `--eval_strategy` now."""
+
+    evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Old name of --eval_strategy."})
+
+    def __post_init__(self) -> None:
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        super().__post_init__()
+
+
+@dataclass
 class RenamedArguments:
     """Flags that upstream's scripts pass or read, and that transformers 5 has renamed, dropped or left alone."""
 
-    evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Old name of --eval_strategy."})
     warmup_ratio: Optional[float] = field(
         default=None, metadata={"help": "Warmup as a share of all steps; now a --warmup_steps below 1."}
     )
     save_safetensors: bool = field(default=True, metadata={"help": "No longer a choice: always safetensors."})
 
     def __post_init__(self) -> None:
-        if self.evaluation_strategy is not None:
-            self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is not None:
             self.warmup_steps = self.warmup_ratio
         if self.local_rank == -1:
@@ -192,6 +201,12 @@ PATCHES = (
         "llava.train.train:TrainingArguments",
         why="train() parses its flags into this class, and MixLoRA has flags of its own",
         replace=_with_flags(MixLoraArguments),
+    ),
+    Patch(
+        "llava.train.train:TrainingArguments",
+        why="upstream's scripts pass --evaluation_strategy, which transformers has renamed",
+        replace=_with_flags(EvaluationStrategy),
+        requires={"transformers": ">=4.51"},
     ),
     Patch(
         "llava.train.train:TrainingArguments",

@@ -100,7 +100,7 @@ PATCHES = (
         "llava.train.llava_trainer:LLaVATrainer._get_train_sampler",
         why="Trainer now passes the dataset to this method",
         replace=_accept_dataset,
-        requires={"transformers": ">=4.51"},
+        requires={"transformers": ">=4.52"},
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._save_checkpoint",

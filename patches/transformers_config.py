@@ -24,12 +24,21 @@ def _without_training_quantization(original: Callable[..., None]) -> Callable[..
     return save_pretrained
 
 
+QUANTIZED = (
+    "train() saves the configuration of the model that it has quantized, after which the adapter would load on no base "
+    "but a quantized one; how a run stores its frozen weights is no property of its adapter"
+)
 PATCHES = (
     Patch(
         "transformers.configuration_utils:PreTrainedConfig.save_pretrained",
-        why="train() saves the configuration of the model that it has quantized, after which the adapter would load on "
-        "no base but a quantized one; how a run stores its frozen weights is no property of its adapter",
+        why=QUANTIZED,
         replace=_without_training_quantization,
         requires={"transformers": ">=5"},
+    ),
+    Patch(
+        "transformers.configuration_utils:PretrainedConfig.save_pretrained",
+        why=QUANTIZED,
+        replace=_without_training_quantization,
+        requires={"transformers": "<5"},
     ),
 )

@@ -70,7 +70,7 @@ def train(flags: dict[str, object], extra: list[str] | None = None) -> None:
         "warmup_ratio": 0.03,
         "lr_scheduler_type": "cosine",
         "logging_steps": 10,
-        "eval_strategy": "no",
+        "evaluation_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
         "model_max_length": CONTEXT,

@@ -87,7 +87,7 @@ arguments=(
     --output_dir "$output"
     --num_train_epochs 3 --per_device_train_batch_size 16 --gradient_accumulation_steps 2
     --learning_rate 4e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
-    --eval_strategy no --save_strategy steps --save_steps 477
+    --evaluation_strategy no --save_strategy steps --save_steps 477
     --logging_steps 1 --report_to none
     --model_max_length 1792 --gradient_checkpointing True --lazy_preprocess True --dataloader_num_workers 4
 )

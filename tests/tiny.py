@@ -1,5 +1,9 @@
 """What several tests do to the tiny models of conftest.py."""
 
+import importlib.util
+
+import peft
+import pytest
 import torch
 from peft import get_peft_model
 from PIL import Image
@@ -9,7 +13,13 @@ from llava_mixlora import MixLoraConfig, MixLoraLayer
 from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES
 
 VOCABULARY = 320
+newer_peft = pytest.mark.skipif(not hasattr(peft.utils, "register_peft_method"), reason="PEFT 0.13 has no such feature")
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+quantizes_on_cpu = pytest.mark.skipif(
+    not torch.cuda.is_available() and importlib.util.find_spec("transformers.quantizers") is None,
+    reason="transformers 4.37 quantizes on a GPU only",
+)
 
 
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.5) -> nn.Module:

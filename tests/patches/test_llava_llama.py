@@ -3,9 +3,12 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+from ..tiny import quantizes_on_cpu
 
 BUILDER_4BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
+ALL_4BIT = BitsAndBytesConfig(load_in_4bit=True)
 TRAIN_4BIT = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["mm_projector"])
 
 
@@ -28,6 +31,7 @@ def load(patched, folder, caplog):
     return load
 
 
+@quantizes_on_cpu
 @pytest.mark.parametrize(
     "how, layer",
     [
@@ -44,14 +48,17 @@ def test_builders_flags_quantize_the_decoder_and_leave_the_rest_in_float16(load,
     assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float16}
 
 
+@quantizes_on_cpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_trainings_flags_keep_their_dtype_and_the_projector(load, dtype):
+def test_trainings_flags_keep_their_dtype_and_the_projector(load, dtype, llama_folder):
+    default = LlamaForCausalLM.from_pretrained(llama_folder, torch_dtype=None, quantization_config=ALL_4BIT)
     model = load(torch_dtype=dtype, quantization_config=TRAIN_4BIT, load_in_4bit=True, load_in_8bit=False)
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
     assert type(model.model.mm_projector[0]) is torch.nn.Linear
-    assert model.model.norm.weight.dtype == (dtype or torch.float32)
+    assert model.model.norm.weight.dtype == (dtype or default.model.norm.weight.dtype)
 
 
+@quantizes_on_cpu
 def test_callers_configuration_is_left_as_it_was(load):
     load(quantization_config=TRAIN_4BIT)
     assert TRAIN_4BIT.llm_int8_skip_modules == ["mm_projector"]
