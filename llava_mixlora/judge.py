@@ -70,7 +70,7 @@ def _load(name: str) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name, torch_dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise MixLoraError(f"--judge {name}: cannot be loaded ({reason}); expected a causal language model") from error

@@ -168,10 +168,7 @@ def write_lora(adapter: SavedAdapter, base: str, updates: StaticUpdates, folder:
         lora_alpha=E,
         lora_dropout=0.0,
         bias={"mixlora_only": "lora_only"}.get(config.bias, config.bias),
-        target_modules=config.target_modules or sorted({layer.rpartition(".")[2] for layer in updates}),
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
+        target_modules=sorted(updates),  # in full: PEFT 0.13 and those before it know no exclude_modules
         modules_to_save=config.modules_to_save,
         task_type=config.task_type,
         base_model_name_or_path=base,

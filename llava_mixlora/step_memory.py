@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface
 
+from .errors import MixLoraError
 from .routing_scope import current_scope
+
+try:
+    from transformers import AttentionInterface
+except ImportError:
+    raise MixLoraError(
+        "--estimate needs transformers 4.48 or newer, to run a step on shapes alone; run it in another environment: it "
+        "needs no LLaVA, and what it says holds for older transformers too"
+    ) from None
 
 MEASURED_LAYERS = 2
 """The decoder layers that a model needs for [`peak_of_step`] to tell what any number of them takes."""

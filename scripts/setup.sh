@@ -5,10 +5,11 @@
 #   source scripts/setup.sh          also activate the environment in this shell
 #
 # Uses the active virtual or conda environment; without one it creates .venv in the repository.
-# PYTHON=python3.11 chooses the interpreter of a new .venv.
+# PYTHON=python3.11 chooses the interpreter of a new .venv, CONSTRAINTS another file of versions to install
+# (scripts/constraints-transformers-4.37.txt: LLaVA's own), and EXTRAS what is installed beside LLaVA.
 
 llava_mixlora_setup() {
-    local root venv_python stamp wanted
+    local root venv_python stamp wanted constraints extras
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
 
     if [[ -z "${VIRTUAL_ENV:-}" && -z "${CONDA_PREFIX:-}" ]]; then
@@ -28,25 +29,30 @@ llava_mixlora_setup() {
         return 1
     }
 
+    constraints="${CONSTRAINTS:-$root/scripts/constraints.txt}"
+    extras="${EXTRAS:-qlora,deepspeed,lmms,dev}"
+    [[ -f "$constraints" ]] || { echo "setup: error: CONSTRAINTS $constraints: no such file" >&2; return 1; }
+
     # The stamp names what was installed from where, so a changed requirement or a moved clone installs again.
     stamp="$(python -c 'import sys; print(sys.prefix)')/.llava-mixlora-setup"
-    wanted="$root $(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" "$root/scripts/setup.sh" | cksum)"
+    wanted="$root $extras $(cat "$root/pyproject.toml" "$constraints" "$root/scripts/setup.sh" | cksum)"
     if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && python -c 'import llava_mixlora' 2>/dev/null; then
         return 0
     fi
 
-    local pip=(python -m pip install --quiet --disable-pip-version-check -c "$root/scripts/constraints.txt")
+    local pip=(python -m pip install --quiet --disable-pip-version-check -c "$constraints")
     echo "setup: installing into $(dirname "$(dirname "$venv_python")") (a few minutes the first time)"
     # PyTorch first: DeepSpeed looks at it while it is being installed.
     "${pip[@]}" torch==2.13.0 numpy || { echo "setup: error: PyTorch could not be installed (see above)" >&2; return 1; }
-    "${pip[@]}" -e "$root[qlora,deepspeed,lmms,dev]" || {
+    "${pip[@]}" -e "$root[$extras]" || {
         echo "setup: error: the requirements could not be installed (see above)" >&2
         return 1
     }
     # Without what they ask for: LLaVA pins the versions of 2023, lmms-eval names what any of its benchmarks may need. What
     # is installed already, such as a fork, is left alone.
-    local module requirement
-    for requirement in llava:llava-torch==1.2.2.post1 lmms_eval:lmms-eval==0.7.3; do
+    local module requirement requirements=(llava:llava-torch==1.2.2.post1)
+    [[ ",$extras," == *,lmms,* ]] && requirements+=(lmms_eval:lmms-eval==0.7.3)
+    for requirement in "${requirements[@]}"; do
         module="${requirement%%:*}" requirement="${requirement#*:}"
         if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)' "$module"; then
             "${pip[@]}" --no-deps "$requirement" || {

@@ -100,6 +100,8 @@ def test_gradient_form_agrees_with_steps_that_are_made(adapters, llava_folder, g
     samples = [sample for of_task in samples_by_task(given).values() for sample in of_task]
     read = list(batches(samples, loaded, given, "Reading"))
     losses = [lambda batch=batch: loss_of(model, batch) for batch in read]
+    if losses[0]().dtype != torch.float64:
+        pytest.skip("transformers before 5 computes losses in float32, too coarse for small steps")
     found = gram_matrices(lambda title: (loss() for loss in losses), len(losses), parameters)
     assert set(found) == set(product("AB", LAYERS))
     compared = 0

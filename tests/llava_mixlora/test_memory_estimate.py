@@ -5,11 +5,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from llava_mixlora import MixLoraError
+
+if not hasattr(transformers, "AttentionInterface"):
+    pytest.skip("transformers 4.37 cannot run a step on shapes alone", allow_module_level=True)
+
 from llava_mixlora.memory_estimate import (
     COMPUTE_DTYPES,
     REFUSED,

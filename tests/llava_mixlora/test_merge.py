@@ -37,7 +37,7 @@ images = torch.load(sys.argv[1])
 GENERATE = """
 tokenizer, model, processor, _ = load_pretrained_model(sys.argv[2], None, "llava-merged", device="cpu")
 answer = model.generate(ids, images=images.half(), do_sample=False, max_new_tokens=4, eos_token_id=None, pad_token_id=0)
-assert answer.shape == (1, 4) and processor is not None
+assert answer.shape[1] >= 4 and processor is not None
 model = LlavaLlamaForCausalLM.from_pretrained(sys.argv[2])
 model.get_vision_tower().load_model()
 torch.save(model(input_ids=ids, images=images).logits.detach(), sys.argv[3])

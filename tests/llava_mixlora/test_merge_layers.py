@@ -13,7 +13,7 @@ from llava_mixlora import MixLoraConfig, MixLoraError
 from llava_mixlora.merged_weight import merged_weight
 from llava_mixlora.static_core import lstsq_core, squared_error, squared_norm
 
-from ..tiny import layers, random_ids, randomise
+from ..tiny import layers, newer_peft, random_ids, randomise
 
 IDS = random_ids(2, 6)
 
@@ -169,6 +169,7 @@ def test_transposed_linear_of_gpt2_is_merged():
     torch.testing.assert_close(other.merge_and_unload()(x), model.merge_and_unload()(x), atol=1e-5, rtol=1e-5)
 
 
+@newer_peft
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
 @pytest.mark.parametrize("has_run", [False, True])
 def test_quantized_weight_is_dequantized_and_quantized_again(kind, has_run):

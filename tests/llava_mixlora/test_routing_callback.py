@@ -91,7 +91,8 @@ def test_history_holds_the_figures_too(trainer):
 
 def test_only_training_logs_have_figures(trainer):
     reporter = Reporter()
-    trainer([reporter], eval_strategy="steps", eval_steps=2).train()
+    strategy = "eval_strategy" if hasattr(TrainingArguments, "eval_strategy") else "evaluation_strategy"
+    trainer([reporter], **{strategy: "steps"}, eval_steps=2).train()
     others = [logs for logs in reporter.logs if "loss" not in logs]
     assert any("eval_loss" in logs for logs in others) and any("train_runtime" in logs for logs in others)
     assert not any("mixlora" in key for logs in others for key in logs)

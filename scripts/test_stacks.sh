@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Tests the plugin on every stack of versions, each in an environment of its own, and that adapters travel between them.
+#
+#   bash scripts/test_stacks.sh [STACK ...]
+#
+#   STACK  transformers-4.37 (LLaVA's own versions), transformers-4.57 or default (default: all three)
+#
+# The versions of a stack are in scripts/constraints-STACK.txt (default: scripts/constraints.txt), its environment in
+# .stacks/STACK (default: the active one, or .venv). SKIP_TESTS=default leaves the tests of a stack out, which
+# scripts/test.sh has run, but not the adapters.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
+    exit 0
+fi
+known=(transformers-4.37 transformers-4.57 default)
+stacks=("$@")
+[[ $# -gt 0 ]] || stacks=("${known[@]}")
+for stack in "${stacks[@]}"; do
+    [[ " ${known[*]} " == *" $stack "* ]] || { echo "error: $stack: expected one of ${known[*]}" >&2; exit 1; }
+done
+
+# What is tested on each stack: the library, the patches, and training, resuming, loading and merging in real processes.
+tests=(tests/end_to_end/test_launchers.py tests/end_to_end/test_checkpoints.py tests/patches tests/llava_mixlora)
+shared="$(mktemp -d)"
+trap 'rm -rf "$shared"' EXIT
+
+# in_stack STACK COMMAND...: runs a command in the stack's environment, which is set up first.
+in_stack() {
+    local stack="$1"
+    shift
+    (
+        if [[ "$stack" != default ]]; then
+            unset CONDA_PREFIX
+            export VIRTUAL_ENV="$PWD/.stacks/$stack" CONSTRAINTS="$PWD/scripts/constraints-$stack.txt" EXTRAS=qlora,deepspeed,dev
+            [[ -x "$VIRTUAL_ENV/bin/python" ]] || "${PYTHON:-python3}" -m venv "$VIRTUAL_ENV" || exit 1
+            export PATH="$VIRTUAL_ENV/bin:$PATH"
+        fi
+        # shellcheck source=scripts/setup.sh
+        source scripts/setup.sh || exit 1 # the shell does not stop by itself where a function is asked for its status
+        export MIXLORA_EXCHANGE="$shared" MIXLORA_STACK="$stack"
+        "$@"
+    )
+}
+
+test_stack() {
+    local processes
+    processes="$(nproc)"
+    if [[ " ${SKIP_TESTS:-} " != *" $1 "* ]]; then
+        python -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist loadfile --no-loadscope-reorder "${tests[@]}" ||
+            return 1
+    fi
+    python -m pytest tests/stacks -k trains
+}
+
+failed=0
+summary=()
+for stack in "${stacks[@]}"; do
+    echo "== $stack"
+    SECONDS=0
+    in_stack "$stack" true || { failed=1; summary+=("$stack: NOT INSTALLED"); continue; }
+    installed=$SECONDS
+    SECONDS=0
+    if in_stack "$stack" test_stack "$stack"; then outcome=passed; else outcome=FAILED failed=1; fi
+    summary+=("$stack: $outcome in $SECONDS s, installed in $installed s")
+done
+for stack in "${stacks[@]}"; do
+    echo "== adapters of all stacks on $stack"
+    if in_stack "$stack" python -m pytest tests/stacks -k load; then outcome=load; else outcome="DO NOT LOAD" failed=1; fi
+    summary+=("$stack: adapters of ${stacks[*]} $outcome")
+done
+printf '%s\n' "" "${summary[@]}"
+exit "$failed"
