@@ -12,6 +12,8 @@ from types import ModuleType
 from . import patches
 from .errors import MixLoraError
 
+SERVERS = ("llava.serve.controller", "llava.serve.model_worker")
+
 
 def run(target: str, arguments: list[str], as_module: bool) -> None:
     """Apply the patches, then run `python -m target` or `python target` in this process.
@@ -27,6 +29,7 @@ def run(target: str, arguments: list[str], as_module: bool) -> None:
         _check_installed(target)  # before the seconds that patching takes
     patches.apply()
     path = _module_file(target) if as_module else _script_file(target)
+    patches.apply(_patched_program(path))
     sys.argv = [str(path), *arguments]
     if not as_module:
         sys.path.insert(0, str(path.parent))
@@ -56,9 +59,17 @@ def _is_main_guard(statement: ast.stmt) -> bool:
     )
 
 
+def _patched_program(path: Path) -> str | None:
+    for module in {patch.module: None for patch in patches.PATCHES if patch.program}:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path.resolve():
+            return module
+    return None
+
+
 def _patched_module(path: Path) -> ModuleType | None:
     for patch in patches.PATCHES:
-        module = sys.modules.get(patch.target.partition(":")[0])
+        module = sys.modules.get(patch.module)
         file = getattr(module, "__file__", None)
         if file is not None and Path(file).resolve() == path.resolve():
             return module
@@ -69,6 +80,9 @@ def _check_installed(name: str) -> None:
     package = name.partition(".")[0]
     if package == "lmms_eval" and importlib.util.find_spec(package) is None:
         raise MixLoraError(f"-m {name}: lmms-eval is not installed here; run: pip install lmms-eval")
+    for package in ("fastapi", "uvicorn") if name in SERVERS else ():
+        if importlib.util.find_spec(package) is None:
+            raise MixLoraError(f"-m {name}: {package} is not installed here; run: pip install 'llava-mixlora[serve]'")
 
 
 def _module_file(name: str) -> Path:

@@ -29,6 +29,8 @@ class Patch:
         replace: makes the replacement from the original; gets None when `adds` is set.
         requires: package versions that need the patch, such as `{"transformers": ">=5"}`; elsewhere it is skipped.
         adds: the symbol does not exist there (it has moved or was dropped) and the patch puts it back.
+        program: the module is a program that begins to act when it is imported: only `llava-mixlora run` patches it,
+            when it is what is to be run.
 
     Raises:
         PatchError: on `apply`, when the target does not exist, or with `adds`, when it does.
@@ -39,7 +41,13 @@ class Patch:
     replace: Callable[[Any], Any]
     requires: dict[str, str] = field(default_factory=dict)
     adds: bool = False
+    program: bool = False
     _undo: Callable[[], None] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the target."""
+        return self.target.partition(":")[0]
 
     @property
     def applied(self) -> bool:
@@ -71,10 +79,9 @@ class Patch:
             self._undo = None
 
     def _locate(self) -> tuple[Any, str]:
-        module_name, _, path = self.target.partition(":")
-        *outer, name = path.split(".")
+        *outer, name = self.target.partition(":")[2].split(".")
         try:
-            owner = importlib.import_module(module_name)
+            owner = importlib.import_module(self.module)
             for step in outer:
                 owner = getattr(owner, step)
         except (ImportError, AttributeError) as error:

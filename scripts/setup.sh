@@ -39,7 +39,7 @@ llava_mixlora_setup() {
     echo "setup: installing into $(dirname "$(dirname "$venv_python")") (a few minutes the first time)"
     # PyTorch first: DeepSpeed looks at it while it is being installed.
     "${pip[@]}" torch==2.13.0 numpy || { echo "setup: error: PyTorch could not be installed (see above)" >&2; return 1; }
-    "${pip[@]}" -e "$root[qlora,deepspeed,lmms,dev]" || {
+    "${pip[@]}" -e "$root[qlora,deepspeed,lmms,serve,dev]" || {
         echo "setup: error: the requirements could not be installed (see above)" >&2
         return 1
     }

@@ -186,6 +186,18 @@ def test_stacked_patches_of_one_symbol_are_undone_in_reverse(upstream, monkeypat
     assert upstream.function is original
 
 
+def test_program_is_patched_only_where_it_is_to_be_run(upstream, monkeypatch):
+    patch = patch_of("function", program=True)
+    monkeypatch.setattr(patches, "PATCHES", (patch,))
+    patches.apply()
+    patches.apply(program="another")
+    assert not patch.applied
+    patches.apply(program="upstream_of_patches")
+    assert patch.applied
+    patches.undo()
+    assert not patch.applied
+
+
 def symbol(target):
     module_name, _, path = target.partition(":")
     owner = importlib.import_module(module_name)
