@@ -14,7 +14,7 @@ from llava_mixlora.adapter_folder import (
 )
 
 from .llava_train import NOT_THE_LANGUAGE_MODEL
-from .patch import Patch
+from .patch import ANY_KEYWORD, Patch
 
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
 
@@ -70,6 +70,7 @@ PATCHES = (
         "llava.model.builder:load_pretrained_model",
         why="upstream merges every adapter into its base, and asks for the base even where the adapter names it",
         replace=_load_mixlora,
+        parameters=("model_path", "model_base", "model_name", ANY_KEYWORD),
     ),
     Patch(
         "llava.model.builder:load_pretrained_model",

@@ -131,12 +131,14 @@ PATCHES = (
         f"{MODULE}:ModelWorker.generate_stream",
         why="a prompt with <image> but no image would look up token -200, which on a GPU ends all later requests too",
         replace=_refuse_missing_images,
+        parameters=("params",),
         program=True,
     ),
     Patch(
         f"{MODULE}:release_model_semaphore",
         why="upstream releases an asyncio.Semaphore from other threads, where neither count nor waiters are safe",
         replace=_release_in_the_event_loop,
+        parameters=("fn",),
         program=True,
     ),
     Patch(

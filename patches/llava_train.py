@@ -192,6 +192,7 @@ PATCHES = (
         "llava.train.train:TrainingArguments",
         why="train() parses its flags into this class, and MixLoRA has flags of its own",
         replace=_with_flags(MixLoraArguments),
+        parameters=("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "bits"),
     ),
     Patch(
         "llava.train.train:TrainingArguments",
@@ -203,10 +204,12 @@ PATCHES = (
         "llava.train.train:train",
         why="bad input should be named before the model is loaded, and flash attention may not be installed",
         replace=_train_checked,
+        parameters=("attn_implementation",),
     ),
     Patch(
         "peft:get_peft_model",
         why="train() asks it for a LoRA adapter, from LoRA's flags; with --mixlora_enable it makes a MixLoRA adapter",
         replace=_adapter_by_flags,
+        parameters=("model", "peft_config"),
     ),
 )
