@@ -8,6 +8,7 @@ from . import (
     llava_arch,
     llava_builder,
     llava_llama,
+    llava_mistral,
     llava_model_worker,
     llava_train,
     llava_trainer,
@@ -21,6 +22,7 @@ from .patch import Patch, PatchError
 PATCHES: tuple[Patch, ...] = (
     *transformers_trainer.PATCHES,
     *llava_llama.PATCHES,
+    *llava_mistral.PATCHES,
     *llava_arch.PATCHES,
     *llava_builder.PATCHES,
     *llava_trainer.PATCHES,
