@@ -39,11 +39,9 @@ class Servers:
         self.processes["model_worker"] = self._start("model_worker", f"--port={self.ports[1]}", *addresses, *model)
 
     def _start(self, program, *flags):
-        # In debug mode, asyncio complains when something that belongs to its loop is touched from another thread.
-        given = {**environment(), "PYTHONASYNCIODEBUG": "1"}
         with (self.place / f"{program}.out").open("a") as out:
             words = [sys.executable, "-m", "llava_mixlora", "run", "-m", f"llava.serve.{program}", *flags]
-            return subprocess.Popen(words, cwd=self.place, env=given, stdout=out, stderr=subprocess.STDOUT)
+            return subprocess.Popen(words, cwd=self.place, env=environment(), stdout=out, stderr=subprocess.STDOUT)
 
     def stop(self, name):
         process = self.processes.pop(name)

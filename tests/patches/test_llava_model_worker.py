@@ -1,9 +1,12 @@
 """What the patches of upstream's model worker do to its parts; the worker itself runs in the end-to-end tests."""
 
+import asyncio
+import functools
 import threading
 import time
 
 import pytest
+from fastapi import BackgroundTasks
 from llava_mixlora.patches.llava_model_worker import PATCHES, AnswerStream
 from transformers import AutoTokenizer, TextIteratorStreamer
 
@@ -70,6 +73,28 @@ def test_generation_ends_when_its_reader_leaves(llama, stream):
     thread.join(10)
     hook.remove()
     assert not thread.is_alive() and len(steps) < 5
+
+
+def test_place_is_released_where_its_waiters_are():
+    """In debug mode, asyncio refuses what is done to its loop from another thread."""
+    (patch,) = [patch for patch in PATCHES if patch.target.endswith(":release_model_semaphore")]
+
+    async def leave_and_enter():
+        places, told = asyncio.Semaphore(1), []
+
+        def release_model_semaphore(fn=None):
+            places.release()
+            fn()
+
+        await places.acquire()
+        waiting = asyncio.create_task(places.acquire())
+        await asyncio.sleep(0)
+        tasks = BackgroundTasks()
+        tasks.add_task(functools.partial(patch.replace(release_model_semaphore), fn=lambda: told.append(True)))
+        await tasks()
+        assert await asyncio.wait_for(waiting, 5) and told == [True]
+
+    asyncio.run(leave_and_enter(), debug=True)
 
 
 def test_stream_is_still_a_streamer_of_transformers(stream):
