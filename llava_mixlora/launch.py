@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import runpy
@@ -10,7 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 from . import patches
+from .adapter_folder import is_mixlora_adapter
 from .errors import MixLoraError
+
+SERVERS = ("llava.serve.controller", "llava.serve.model_worker")
 
 
 def run(target: str, arguments: list[str], as_module: bool) -> None:
@@ -27,6 +31,8 @@ def run(target: str, arguments: list[str], as_module: bool) -> None:
         _check_installed(target)  # before the seconds that patching takes
     patches.apply()
     path = _module_file(target) if as_module else _script_file(target)
+    patches.apply(_patched_program(path))
+    _check_merge_script(path, arguments)
     sys.argv = [str(path), *arguments]
     if not as_module:
         sys.path.insert(0, str(path.parent))
@@ -56,9 +62,17 @@ def _is_main_guard(statement: ast.stmt) -> bool:
     )
 
 
+def _patched_program(path: Path) -> str | None:
+    for module in {patch.module: None for patch in patches.PATCHES if patch.program}:
+        spec = importlib.util.find_spec(module)
+        if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path.resolve():
+            return module
+    return None
+
+
 def _patched_module(path: Path) -> ModuleType | None:
     for patch in patches.PATCHES:
-        module = sys.modules.get(patch.target.partition(":")[0])
+        module = sys.modules.get(patch.module)
         file = getattr(module, "__file__", None)
         if file is not None and Path(file).resolve() == path.resolve():
             return module
@@ -69,6 +83,26 @@ def _check_installed(name: str) -> None:
     package = name.partition(".")[0]
     if package == "lmms_eval" and importlib.util.find_spec(package) is None:
         raise MixLoraError(f"-m {name}: lmms-eval is not installed here; run: pip install lmms-eval")
+    for package in ("fastapi", "uvicorn") if name in SERVERS else ():
+        if importlib.util.find_spec(package) is None:
+            raise MixLoraError(f"-m {name}: {package} is not installed here; run: pip install 'llava-mixlora[serve]'")
+
+
+def _check_merge_script(path: Path, arguments: list[str]) -> None:
+    # It would save the adapter alone, since load_pretrained_model keeps that apart from its base.
+    if path.name != "merge_lora_weights.py":
+        return
+    parser = argparse.ArgumentParser(add_help=False)
+    for flag in ("--model-path", "--model-base", "--save-model-path"):
+        parser.add_argument(flag)
+    given, _ = parser.parse_known_args(arguments)
+    if given.model_path and is_mixlora_adapter(given.model_path):
+        words = [f"--model-base {given.model_base}"] if given.model_base else []
+        words += [f"--save-model-path {given.save_model_path or 'OUT'}"]
+        raise MixLoraError(
+            f"--model-path {given.model_path} is a MixLoRA adapter, which {path.name} cannot merge; run: "
+            f"llava-mixlora merge --model-path {given.model_path} {' '.join(words)}"
+        )
 
 
 def _module_file(name: str) -> Path:

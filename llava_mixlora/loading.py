@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 from peft.utils import CONFIG_NAME
+from transformers import PretrainedConfig
 
 from .adapter_folder import base_model_of
 from .preflight import check_model_path
@@ -42,7 +43,8 @@ def load_for_inference(
 
     is_adapter = (Path(model_path) / CONFIG_NAME).is_file()
     base = base_model_of(model_path, model_base and str(model_base)) if is_adapter else None
-    name = "llava-lora" if is_adapter else "llava"  # upstream takes its branch by the name, and merges its own adapters
+    # Upstream takes its branch by the name, and merges its own adapters.
+    name = "llava-lora" if is_adapter else "llava-mistral" if _is_mistral(model_path) else "llava"
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     tokenizer, model, image_processor, _ = load_pretrained_model(
         str(model_path),
@@ -58,3 +60,7 @@ def load_for_inference(
         size = 4 * sum(parameter.numel() for parameter in model.parameters())
         model = model.float() if size < psutil.virtual_memory().total / 2 else model.bfloat16()
     return tokenizer, model.eval(), image_processor
+
+
+def _is_mistral(model_path: str | Path) -> bool:
+    return PretrainedConfig.get_config_dict(str(model_path))[0].get("model_type") == "llava_mistral"

@@ -38,6 +38,7 @@ def check_training_inputs(argv: Sequence[str]) -> None:
         return
     for flag in ("model_name_or_path", "vision_tower"):
         check_model_path(f"--{flag}", getattr(flags, flag))
+    check_architecture(flags.model_name_or_path)
     if flags.pretrain_mm_mlp_adapter and not Path(flags.pretrain_mm_mlp_adapter).is_file():
         raise MixLoraError(
             f"--pretrain_mm_mlp_adapter {flags.pretrain_mm_mlp_adapter}: no such file; expected the projector's .bin "
@@ -103,6 +104,28 @@ def check_model_path(flag: str, value: str | None) -> None:
     """Refuse a local path that does not exist; a hub name such as `lmsys/vicuna-7b-v1.5` passes."""
     if value and (value.startswith((".", "/", "~")) or value.count("/") > 1) and not Path(value).expanduser().exists():
         raise MixLoraError(f"{flag} {value}: no such folder; expected a local model or a hub name like owner/name")
+
+
+def check_architecture(model: str | None) -> None:
+    """Refuse an MPT model, and a model that `llava.train.train` takes for one by its name.
+
+    Raises:
+        MixLoraError: `model` (`--model_name_or_path`) contains "mpt", or its `config.json` says that it is one.
+    """
+    if not model:
+        return
+    file = Path(model).expanduser() / "config.json"
+    kind = read_json(file).get("model_type") if file.is_file() else None
+    if kind in ("mpt", "llava_mpt"):
+        raise MixLoraError(
+            f"--model_name_or_path {model}: an MPT model (model_type {kind!r}), which --mixlora_enable does not "
+            "support; expected a Llama, Vicuna or Mistral, or no --mixlora_enable"
+        )
+    if "mpt" in model:
+        raise MixLoraError(
+            f"--model_name_or_path {model}: LLaVA takes a model with 'mpt' in its path for an MPT model, which "
+            "--mixlora_enable does not support; expected a Llama, Vicuna or Mistral, under a path without these letters"
+        )
 
 
 def read_conversations(path: str | Path) -> list[dict[str, Any]]:

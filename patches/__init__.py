@@ -8,6 +8,8 @@ from . import (
     llava_arch,
     llava_builder,
     llava_llama,
+    llava_mistral,
+    llava_model_worker,
     llava_train,
     llava_trainer,
     llava_trainer_checkpoints,
@@ -20,11 +22,13 @@ from .patch import Patch, PatchError
 PATCHES: tuple[Patch, ...] = (
     *transformers_trainer.PATCHES,
     *llava_llama.PATCHES,
+    *llava_mistral.PATCHES,
     *llava_arch.PATCHES,
     *llava_builder.PATCHES,
     *llava_trainer.PATCHES,
     *llava_trainer_checkpoints.PATCHES,
     *llava_train.PATCHES,
+    *llava_model_worker.PATCHES,
     *transformers_config.PATCHES,
     *deepspeed_zero3.PATCHES,
 )
@@ -32,15 +36,19 @@ PATCHES: tuple[Patch, ...] = (
 __all__ = ["PATCHES", "Patch", "PatchError", "apply", "undo"]
 
 
-def apply() -> None:
+def apply(program: str | None = None) -> None:
     """Apply every patch that the installed versions need; does nothing the second time.
+
+    Args:
+        program: the module that is to be run; patches of programs (see [`Patch`]) are applied to that one alone.
 
     Raises:
         PatchError: a symbol to be replaced is missing. Nothing stays half patched.
     """
     try:
         for patch in PATCHES:
-            patch.apply()
+            if not patch.program or patch.module == program:
+                patch.apply()
     except Exception:
         undo()
         raise

@@ -28,5 +28,6 @@ PATCHES = (
         "llava.model.llava_arch:LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal",
         why="the mask and the labels of the sequence that the layers see, image features included, first exist here",
         replace=_tell_routing_scope,
+        parameters=("position_ids", "attention_mask", "labels"),  # those that take positions return six values
     ),
 )

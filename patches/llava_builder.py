@@ -12,9 +12,10 @@ from llava_mixlora.adapter_folder import (
     is_mixlora_adapter,
     read_non_lora_trainables,
 )
+from llava_mixlora.errors import MixLoraError
 
 from .llava_train import NOT_THE_LANGUAGE_MODEL
-from .patch import Patch
+from .patch import ANY_KEYWORD, Patch
 
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
 
@@ -29,11 +30,12 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         base = base_model_of(model_path, model_base)
         check_adapter(model_path)
         trained_beside = read_non_lora_trainables(model_path)
+        config = _llava_config(model_path)
         # Upstream loads the base as a complete LLaVA, with the configuration that training wrote (a bare Vicuna does
         # not know of a vision tower); then come the projector and the adapter. Its own LoRA branch would merge.
-        name = "llava-mistral" if "mistral" in model_name.lower() else "llava"
-        kwargs["config"] = _llava_config(model_path)
-        tokenizer, model, image_processor, context_length = original(base, None, name, *args, **kwargs)
+        name = "llava-mistral" if config.model_type == "llava_mistral" else "llava"  # chooses the class
+        loaded = original(base, None, name, *args, **{**kwargs, "config": config})
+        tokenizer, model, image_processor, context_length = loaded
         model.load_state_dict(trained_beside, strict=False)
         return tokenizer, _with_adapter(model, model_path), image_processor, context_length
 
@@ -43,7 +45,13 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
 def _llava_config(model_path: str) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(model_path)
+    config = AutoConfig.from_pretrained(model_path)
+    if config.model_type.endswith("mpt"):
+        raise MixLoraError(
+            f"{model_path}: its config.json says model_type={config.model_type!r}, and MPT is not supported; expected "
+            "an adapter of a Llama (llava_llama) or Mistral (llava_mistral)"
+        )
+    return config
 
 
 def _with_adapter(model: Any, model_path: str) -> Any:
@@ -71,6 +79,7 @@ PATCHES = (
         "llava.model.builder:load_pretrained_model",
         why="upstream merges every adapter into its base, and asks for the base even where the adapter names it",
         replace=_load_mixlora,
+        parameters=("model_path", "model_base", "model_name", ANY_KEYWORD),
     ),
     Patch(
         "llava.model.builder:load_pretrained_model",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from transformers import set_seed
+from transformers import PretrainedConfig, set_seed
 
 from llava_mixlora.checkpoint import check_same_adapter
 from llava_mixlora.config import MixLoraConfig
@@ -173,6 +173,24 @@ def _available_attention(implementation: str | None) -> str | None:
     return implementation
 
 
+def _class_of_the_model(original: type) -> type:
+    class LlavaLlamaForCausalLM(original):
+        @classmethod
+        def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> Any:
+            from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+
+            flags = running_arguments()
+            wants_mistral = flags is not None and flags.mixlora_enable and _is_mistral(path, kwargs.get("cache_dir"))
+            return (LlavaMistralForCausalLM if wants_mistral else original).from_pretrained(path, *args, **kwargs)
+
+    return LlavaLlamaForCausalLM
+
+
+def _is_mistral(path: str, cache_dir: str | None) -> bool:
+    kind = PretrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("model_type")
+    return kind in ("mistral", "llava_mistral")
+
+
 def _adapter_by_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,6 +219,7 @@ PATCHES = (
         "llava.train.train:TrainingArguments",
         why="train() parses its flags into this class, and MixLoRA has flags of its own",
         replace=_with_flags(MixLoraArguments),
+        parameters=("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "bits"),
     ),
     Patch(
         "llava.train.train:TrainingArguments",
@@ -218,10 +237,17 @@ PATCHES = (
         "llava.train.train:train",
         why="bad input should be named before the model is loaded, and flash attention may not be installed",
         replace=_train_checked,
+        parameters=("attn_implementation",),
+    ),
+    Patch(
+        "llava.train.train:LlavaLlamaForCausalLM",
+        why="train() takes every model for a Llama, after which a Mistral loses its attention window and its name",
+        replace=_class_of_the_model,
     ),
     Patch(
         "peft:get_peft_model",
         why="train() asks it for a LoRA adapter, from LoRA's flags; with --mixlora_enable it makes a MixLoRA adapter",
         replace=_adapter_by_flags,
+        parameters=("model", "peft_config"),
     ),
 )

@@ -200,6 +200,7 @@ PATCHES = (
         "llava.train.llava_trainer:LLaVATrainer._save_checkpoint",
         why="a crash while a checkpoint is written should leave none rather than a half one",
         replace=_save_aside_then_rename,
+        parameters=("model", "trial"),
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.train",

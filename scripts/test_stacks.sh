@@ -33,7 +33,7 @@ in_stack() {
     (
         if [[ "$stack" != default ]]; then
             unset CONDA_PREFIX
-            export VIRTUAL_ENV="$PWD/.stacks/$stack" CONSTRAINTS="$PWD/scripts/constraints-$stack.txt" EXTRAS=qlora,deepspeed,dev
+            export VIRTUAL_ENV="$PWD/.stacks/$stack" CONSTRAINTS="$PWD/scripts/constraints-$stack.txt" EXTRAS=qlora,deepspeed,serve,dev
             [[ -x "$VIRTUAL_ENV/bin/python" ]] || "${PYTHON:-python3}" -m venv "$VIRTUAL_ENV" || exit 1
             export PATH="$VIRTUAL_ENV/bin:$PATH"
         fi

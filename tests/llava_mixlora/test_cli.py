@@ -16,7 +16,7 @@ import sys
 import llava.train.train, peft, transformers.trainer
 from llava_mixlora import patches
 assert __name__ == "__main__"
-assert all(patch.applied for patch in patches.PATCHES if patch.needed)
+assert all(patch.applied for patch in patches.PATCHES if patch.needed and not patch.program)
 assert hasattr(llava.train.train.TrainingArguments, "mixlora_config")
 import beside
 print("ARGUMENTS", sys.argv)

@@ -70,6 +70,13 @@ def test_harness_that_is_not_installed_is_named_with_the_command_that_installs_i
         run("lmms_eval", ["--model", "llava"], as_module=True)
 
 
+@pytest.mark.parametrize("program", ["controller", "model_worker"])
+def test_server_that_is_not_installed_is_named_with_the_command_that_installs_it(monkeypatch, program):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(MixLoraError, match=f"^-m llava.serve.{program}: uvicorn is not .*'llava-mixlora.serve.'$"):
+        run(f"llava.serve.{program}", [], as_module=True)
+
+
 @pytest.mark.parametrize("name", ["gone.py", "."])
 def test_script_that_is_not_there_is_named(name):
     with pytest.raises(MixLoraError, match="no such script"):

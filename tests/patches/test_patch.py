@@ -126,6 +126,39 @@ def test_missing_target_is_named_with_the_reason_for_the_patch(upstream, target)
     assert isinstance(error.value, MixLoraError)
 
 
+def takes(first, second=2):
+    return "original"
+
+
+@pytest.mark.parametrize(
+    "parameters, function",
+    [
+        (("first",), takes),
+        (("second", "first"), takes),
+        (("first", "**kwargs"), lambda first, **others: "original"),
+        (("other",), lambda first, other=1, added=2: "original"),
+    ],
+)
+def test_target_that_takes_what_the_patch_relies_on_is_replaced(upstream, parameters, function):
+    upstream.function = function
+    patch = patch_of("function", parameters=parameters)
+    patch.apply()
+    assert patch.applied
+
+
+def test_target_that_lacks_a_parameter_is_named_with_what_it_takes(upstream):
+    upstream.function = takes
+    patch = patch_of("function", parameters=("first", "third"))
+    with pytest.raises(PatchError, match="function: expected the parameter 'third', found: first, second. It comes"):
+        patch.apply()
+    assert upstream.function is takes and not patch.applied
+
+
+def test_error_tells_which_version_of_a_package_was_found_where():
+    with pytest.raises(PatchError, match=r"site-packages/llava \(llava-torch 1.2.2.post1\)"):
+        Patch("llava:gone", why="the test says so", replace=loudly).apply()
+
+
 def test_missing_module_is_named():
     with pytest.raises(PatchError, match="no_such_upstream:function"):
         Patch("no_such_upstream:function", why="the test says so", replace=loudly).apply()
@@ -184,6 +217,18 @@ def test_stacked_patches_of_one_symbol_are_undone_in_reverse(upstream, monkeypat
     assert upstream.function() == "ORIGINAL!"
     patches.undo()
     assert upstream.function is original
+
+
+def test_program_is_patched_only_where_it_is_to_be_run(upstream, monkeypatch):
+    patch = patch_of("function", program=True)
+    monkeypatch.setattr(patches, "PATCHES", (patch,))
+    patches.apply()
+    patches.apply(program="another")
+    assert not patch.applied
+    patches.apply(program="upstream_of_patches")
+    assert patch.applied
+    patches.undo()
+    assert not patch.applied
 
 
 def symbol(target):

@@ -1,0 +1,150 @@
+"""`llava.serve.model_worker`: a worker that goes on after requests that fail, take long, or lose their client."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .patch import Patch
+
+MODULE = "llava.serve.model_worker"
+
+
+class ClientGoneError(Exception):
+    """Nobody reads the answer any more."""
+
+
+class AnswerStream:
+    """Ends with the generation that feeds it, however that ends, and ends a generation that nobody listens to.
+
+    Mixed into `transformers.TextIteratorStreamer`; [`_end_stream_with_thread`] reports a failure.
+    """
+
+    def __init__(self, *args: Any, timeout: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, timeout=None, **kwargs)
+        self.failure: BaseException | None = None
+        self.abandoned = False
+
+    def put(self, value: Any) -> None:
+        if self.abandoned:
+            raise ClientGoneError
+        super().put(value)
+
+    def fail(self, failure: BaseException) -> None:
+        """End the stream with `failure`, which its reader meets."""
+        self.failure = failure
+        self.text_queue.put(self.stop_signal)
+
+    def __iter__(self) -> Iterator[str]:
+        # A generator is closed with the loop that reads it, which the streamer itself, being fed, outlives.
+        try:
+            yield from iter(self.text_queue.get, self.stop_signal)
+            if self.failure is not None:
+                raise self.failure
+        finally:
+            self.abandoned = True
+
+
+def _stream_without_time_limit(original: type) -> type:
+    return type(original.__name__, (AnswerStream, original), {"__module__": original.__module__})
+
+
+def _end_stream_with_thread(original: type) -> Callable[..., Any]:
+    def Thread(target: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        return original(target=functools.partial(_generate, target), kwargs=kwargs, daemon=True)
+
+    return Thread
+
+
+def _generate(generate: Callable[..., Any], streamer: AnswerStream, **kwargs: Any) -> None:
+    try:
+        generate(streamer=streamer, **kwargs)
+    except ClientGoneError:
+        pass
+    except BaseException as failure:
+        streamer.fail(failure)
+
+
+def _refuse_missing_images(original: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[bytes]]:
+    @functools.wraps(original)
+    def generate_stream(self: Any, params: Any) -> Iterator[bytes]:
+        from llava.constants import DEFAULT_IMAGE_TOKEN
+
+        places = params["prompt"].count(DEFAULT_IMAGE_TOKEN)
+        if places and not (self.is_multimodal and params.get("images")):
+            why = "the request has none" if self.is_multimodal else f"{self.model_name!r} does not say 'llava'"
+            raise ValueError(f"the prompt has places for {places} images, but {why}")
+        yield from original(self, params)
+
+    return generate_stream
+
+
+def _release_in_the_event_loop(original: Callable[..., None]) -> Callable[..., Any]:
+    # The framework runs plain functions in other threads, and awaits coroutines where the semaphore lives.
+    @functools.wraps(original)
+    async def release_model_semaphore(fn: Callable[[], None] | None = None) -> None:
+        original(fn)
+
+    return release_model_semaphore
+
+
+def _beat_aside(original: Callable[[Any], None]) -> Callable[[Any], None]:
+    wanted, starting = threading.Event(), threading.Lock()
+    beating: list[threading.Thread] = []
+
+    def beat(worker: Any) -> None:
+        while wanted.wait():
+            wanted.clear()
+            try:
+                original(worker)
+            except Exception as error:
+                print(f"heart beat failed: {error!r}", flush=True)
+
+    @functools.wraps(original)
+    def send_heart_beat(self: Any) -> None:
+        with starting:
+            if not beating:
+                beating.append(threading.Thread(target=beat, args=(self,), daemon=True))
+                beating[0].start()
+        wanted.set()
+
+    return send_heart_beat
+
+
+PATCHES = (
+    Patch(
+        f"{MODULE}:TextIteratorStreamer",
+        why="upstream gives up an answer whose next token takes 15 seconds, as it may without a GPU, and goes on "
+        "generating when the client is gone",
+        replace=_stream_without_time_limit,
+        program=True,
+    ),
+    Patch(
+        f"{MODULE}:Thread",
+        why="a generation that fails in its thread would leave its request, which cannot know, waiting",
+        replace=_end_stream_with_thread,
+        program=True,
+    ),
+    Patch(
+        f"{MODULE}:ModelWorker.generate_stream",
+        why="a prompt with <image> but no image would look up token -200, which on a GPU ends all later requests too",
+        replace=_refuse_missing_images,
+        parameters=("params",),
+        program=True,
+    ),
+    Patch(
+        f"{MODULE}:release_model_semaphore",
+        why="upstream releases an asyncio.Semaphore from other threads, where neither count nor waiters are safe",
+        replace=_release_in_the_event_loop,
+        parameters=("fn",),
+        program=True,
+    ),
+    Patch(
+        f"{MODULE}:ModelWorker.send_heart_beat",
+        why="every request tells the controller first, and while that does not answer the worker would answer nobody",
+        replace=_beat_aside,
+        program=True,
+    ),
+)
