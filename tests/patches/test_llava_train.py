@@ -212,6 +212,13 @@ def test_missing_flash_attention_falls_back(train):
     assert train("--lora_enable", "--lora_r", "2")["attention"] is None
 
 
+def test_flash_attention_that_can_be_had_is_used(train, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)  # as on a GPU
+    flags = ("--lora_enable", "--lora_r", "2")
+    assert train(*flags, attention="flash_attention_2")["attention"] == "flash_attention_2"
+    assert "flash-attn" not in capsys.readouterr().out
+
+
 def test_parsing_flags_outside_of_training_changes_no_adapter(parse, llama):
     parse("--mixlora_enable")
     model = peft.get_peft_model(llama, LoraConfig(r=2, target_modules=["q_proj"]))
