@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
+from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL, _train_checked
 from peft import LoraConfig
 
 from llava_mixlora import MixLoraConfig, MixLoraError
@@ -148,8 +148,6 @@ def train(patched, llama, tmp_path, monkeypatch):
     """Runs the patched train() around a body that stands for upstream's, with the given flags."""
     from llava.train import train as upstream
 
-    adapter_patch = next(patch for patch in patched.PATCHES if patch.target == "llava.train.train:train")
-
     def run(*flags, attention=None):
         made = {}
 
@@ -161,7 +159,7 @@ def train(patched, llama, tmp_path, monkeypatch):
             made["model"] = peft.get_peft_model(llama, config)
 
         monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path), "--use_cpu", *flags])
-        adapter_patch.replace(body)(attn_implementation=attention)
+        _train_checked(body)(attn_implementation=attention)
         return made
 
     return run
