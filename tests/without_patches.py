@@ -27,14 +27,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 COPIED = ("llava_mixlora", "patches", "tests", "scripts", "playground", "pyproject.toml", "README.md")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "cache", "output", "results")
-# Where a module's patches show best, before all other tests.
+# Where a module's patches, or the one of a symbol, show first.
 CLOSEST = {
     "deepspeed_zero3": [
         "end_to_end/test_many_processes.py::test_loss_curve_of_two_processes_is_that_of_one[zero3-float32]",
         "end_to_end/test_many_processes.py::test_loss_curve_of_two_processes_is_that_of_one[zero3-bfloat16]",
     ],
-    "llava_trainer_checkpoints": ["end_to_end/test_checkpoints.py"],
     "llava_train": ["llava_mixlora/test_cli.py", "end_to_end/test_launchers.py"],
+    **{
+        f"llava_trainer_checkpoints LLaVATrainer.{method}": [f"end_to_end/test_checkpoints.py::{test}"]
+        for method, test in {
+            "__init__": "test_terminated_run_saves_and_a_damaged_checkpoint_is_skipped",
+            "_get_train_sampler": "test_killed_run_goes_on_as_if_nothing_had_happened",
+            "save_model": "test_checkpoint_loads_as_the_final_output_does",
+            "_save_checkpoint": "test_full_disk_is_one_line_and_leaves_earlier_checkpoints_intact",
+            "train": "test_terminated_run_saves_and_a_damaged_checkpoint_is_skipped",
+            "_load_from_checkpoint": "test_killed_run_goes_on_as_if_nothing_had_happened",
+            "_run_epoch": "test_run_killed_after_its_last_step_makes_no_further_step",
+        }.items()
+    },
 }
 LAST = ["launchers", "checkpoints", "qlora", "many_processes"]
 # About the list of patches itself, so that a shorter one proves nothing.
@@ -50,7 +61,8 @@ class Entry:
         number: place in the tuple.
         first, last: its lines in the file, counted from 1.
         needed: whether the installed versions need it.
-        title: its target, and the versions that it is for.
+        symbol: what it replaces in its upstream module.
+        versions: that it is for; empty: all.
     """
 
     module: str
@@ -58,7 +70,12 @@ class Entry:
     first: int
     last: int
     needed: bool
-    title: str
+    symbol: str
+    versions: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.module}[{self.number}] {self.symbol} {self.versions}".strip()
 
 
 def entries() -> Iterator[Entry]:
@@ -71,8 +88,7 @@ def entries() -> Iterator[Entry]:
         assert len(places) == len(patches), f"{file}: expected PATCHES to be a tuple of Patch(...), written out"
         for number, (patch, (first, last)) in enumerate(zip(patches, places)):
             versions = " ".join(f"{package}{spec}" for package, spec in patch.requires.items())
-            title = f"{file.stem}[{number}] {patch.target.partition(':')[2]} {versions}".strip()
-            yield Entry(file.stem, number, first, last, patch.needed, title)
+            yield Entry(file.stem, number, first, last, patch.needed, patch.target.partition(":")[2], versions)
 
 
 def _places(file: Path) -> list[tuple[int, int]]:
@@ -162,7 +178,8 @@ def tests_for(entry: Entry) -> Iterator[list[str]]:
     """What to run: the tests that should notice, when none does the quick ones, and last those that start training."""
     tests = ROOT / "tests"
     own = [f"patches/test_{entry.module}.py"] if (tests / "patches" / f"test_{entry.module}.py").is_file() else []
-    yield [f"tests/{name}" for name in own + CLOSEST.get(entry.module, [])] or ["tests/patches/test_llava_train.py"]
+    closest = CLOSEST.get(f"{entry.module} {entry.symbol}", CLOSEST.get(entry.module, []))
+    yield [f"tests/{name}" for name in own + closest] or ["tests/patches/test_llava_train.py"]
     quick = [*sorted(tests.glob("patches/test_*.py")), *sorted(tests.glob("llava_mixlora/test_*.py"))]
     names = [str(file.relative_to(tests)) for file in quick]
     yield [f"tests/{name}" for name in names if name not in (*NO_BEHAVIOUR, *own)]
