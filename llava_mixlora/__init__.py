@@ -5,14 +5,30 @@ Importing this package registers the PEFT type `MIXLORA` and changes nothing els
 """
 
 from importlib.metadata import version
+from typing import Any, NoReturn
 
-from .config import MixLoraConfig
 from .errors import MixLoraError
-from .layer import MixLoraLayer
-from .model import MixLoraModel
-from .registration import register
-
-register(MixLoraConfig, MixLoraModel)
 
 __all__ = ["MixLoraConfig", "MixLoraError", "MixLoraLayer", "MixLoraModel"]
 __version__ = version("llava-mixlora")
+
+import_error: Exception | None = None
+"""Why the method could not be imported: `llava-mixlora doctor`, which tells what is missing, has to start then too."""
+
+try:
+    from .config import MixLoraConfig
+    from .layer import MixLoraLayer
+    from .model import MixLoraModel
+    from .registration import register
+
+    register(MixLoraConfig, MixLoraModel)
+except Exception as error:  # what an installation in pieces raises can be anything
+    import_error = error
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            _raise_import_error(name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def _raise_import_error(name: str) -> NoReturn:
+        raise ImportError(f"{__name__}.{name}: {import_error}; `llava-mixlora doctor` tells more") from import_error

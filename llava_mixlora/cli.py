@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, import_error
 from .errors import MixLoraError
 
 # deepspeed and torch's old launcher put the rank right behind the program: before our subcommand, not the script.
@@ -27,13 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         launcher_flags.append(argv.pop(0))
     try:
         if argv[:1] == ["run"] and argv[1:2] not in (["-h"], ["--help"]):
+            _check_imported()
             return _run(launcher_flags, argv[1:])  # argparse would take the script's flags for ours
         arguments = _parser().parse_args(argv)
-        arguments.command(arguments)
-        return 0
+        if arguments.command is not _doctor:
+            _check_imported()
+        return arguments.command(arguments) or 0
     except MixLoraError as error:
         print(f"llava-mixlora: error: {error}", file=sys.stderr)
         return 1
+
+
+def _check_imported() -> None:
+    if import_error is not None:
+        reason = (str(import_error).splitlines() or [type(import_error).__name__])[0]
+        raise MixLoraError(f"{reason}; `llava-mixlora doctor` tells what is missing and the command that mends it")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,17 +96,29 @@ def _parser() -> argparse.ArgumentParser:
     plotting.add_argument("--samples", type=_positive, default=32, help="how many of each task (default: 32)")
     plotting.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
     plotting.add_argument("--model-base", metavar="BASE", help="the adapter's base (default: the one that it names)")
+    _add_doctor(commands)
+    _add_merge(commands)
+    _add_eval(commands)
+    _add_interference(commands)
+    return parser
+
+
+def _add_doctor(commands: Any) -> None:
     doctoring = _add_command(
         commands,
         _doctor,
-        "tell how much memory a run will need",
-        "Tell, before a run, how many parameters it trains and how much memory it needs on each GPU, for 16, 8 and 4 "
-        "bits and every ZeRO stage. No weights are loaded.",
-        "llava-mixlora doctor --estimate liuhaotian/llava-v1.5-7b --batch-size 4 --gpus 8",
+        "tell what works here, or how much memory a run will need",
+        "Tell which versions are installed, what works with them on this machine, and the command that mends what does "
+        "not. Status 1: the main job (scripts/finetune_mixlora.sh) cannot run. With --estimate, tell before a run how "
+        "many parameters it trains and how much memory it needs on each GPU, for 16, 8 and 4 bits and every ZeRO "
+        "stage. No weights are loaded.",
+        "llava-mixlora doctor; llava-mixlora doctor --estimate liuhaotian/llava-v1.5-7b --batch-size 4 --gpus 8",
     )
+    doctoring.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     doctoring.add_argument(
-        "--estimate", required=True, metavar="MODEL_CONFIG", help="model folder, config.json, or name on the hub"
+        "--estimate", metavar="MODEL_CONFIG", help="model folder, config.json, or name on the hub; for the flags below"
     )
+    before = set(vars(doctoring.parse_args([])))
     doctoring.add_argument("--bits", type=int, help="16, 8 or 4: only that (default: all three)")
     doctoring.add_argument("--num-factors", type=int, default=16, help="factors in each pool (16)")
     doctoring.add_argument("--r", type=int, default=4, help="factors chosen per instance (4)")
@@ -120,11 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="folder or name of the CLIP tower; none: text only (default: the model's)",
     )
-    doctoring.add_argument("--json", action="store_true", help="print bytes as JSON")
-    _add_merge(commands)
-    _add_eval(commands)
-    _add_interference(commands)
-    return parser
+    describing = {name: value for name, value in vars(doctoring.parse_args([])).items() if name not in before}
+    doctoring.set_defaults(describing=describing)
 
 
 def _add_merge(commands: Any) -> None:
@@ -235,7 +252,7 @@ def _positive(word: str) -> int:
     return number
 
 
-def _add_command(commands: Any, command: Callable[..., None], help: str, description: str, example: str) -> Any:
+def _add_command(commands: Any, command: Callable[..., int | None], help: str, description: str, example: str) -> Any:
     parser = commands.add_parser(
         command.__name__.strip("_").replace("_", "-"), help=help, description=description, epilog=f"example: {example}"
     )
@@ -349,9 +366,27 @@ def _interference(arguments: argparse.Namespace) -> None:
     print(f"Wrote interference.json and interference.png to {output}")
 
 
-def _doctor(arguments: argparse.Namespace) -> None:
-    from .doctor import as_json, describe
+def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.estimate is None:
+        for name, default in arguments.describing.items():
+            if getattr(arguments, name) != default:
+                flag = "--" + name.replace("_", "-")
+                raise MixLoraError(
+                    f"{flag} {getattr(arguments, name)} describes a run for --estimate MODEL, which is missing"
+                )
+        from .doctor import examine
+
+        examination = examine()
+        print(json.dumps(examination.as_json(), indent=1) if arguments.json else "\n".join(examination.lines()))
+        return 0 if examination.main_job else 1
+    _check_imported()
+    _estimate(arguments)
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
     from .memory_estimate import BITS, RunSettings, estimate, read_model_config
+    from .memory_report import as_json, describe
 
     names = [field.name for field in dataclasses.fields(RunSettings)]
     settings = RunSettings(**{name: getattr(arguments, name) for name in names})

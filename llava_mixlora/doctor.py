@@ -1,72 +1,125 @@
-"""`llava-mixlora doctor`: what a run will need, before it starts."""
+"""`llava-mixlora doctor`: what works here, and what mends the rest."""
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from .memory_estimate import REFUSED, STAGES, MemoryEstimate
+from . import __version__, environment
+from .environment import Part
+from .stacks import STACKS, Stack, differences, nearest
 
-GIB = 2**30
-COMPONENTS = {
-    "base": "language model, frozen",
-    "tower": "vision tower, frozen",
-    "trained": "trained parameters",
-    "gradients": "their gradients",
-    "optimizer": "optimizer state",
-    "activations": "activations at the peak",
+LOADING = ("torch", "transformers", "accelerate", "peft", "small requirements", "MixLoRA", "LLaVA", "patches")
+TRAINING = (*LOADING, "deepspeed")  # upstream's train() imports it to save an adapter, with or without --deepspeed
+MAIN_JOB = "main job"
+FEATURES = {
+    MAIN_JOB: (*TRAINING, "playground's packages"),
+    "training": TRAINING,
+    "QLoRA, 4 bits": (*TRAINING, "bitsandbytes", "4-bit weights"),
+    "QLoRA, 8 bits": (*TRAINING, "bitsandbytes", "8-bit weights"),
+    "DeepSpeed, ZeRO": (*TRAINING, "compiler", "nvcc"),
+    "training on a GPU": (*TRAINING, "GPU"),
+    "flash attention": ("torch", "transformers", "flash-attn"),
+    "evaluation": LOADING,
+    "evaluation plots": ("plotting packages",),
+    "lmms-eval": (*LOADING, "lmms-eval"),
+    "serving": (*LOADING, "serving packages"),
 }
+"""What users do, and the parts (`environment.parts`) that it needs."""
 
 
-def describe(name: str, result: MemoryEstimate) -> Iterator[str]:
-    """The lines that `llava-mixlora doctor --estimate` prints."""
-    settings = result.settings
-    checkpointing = "on" if settings.gradient_checkpointing else "off"
-    yield f"Estimate for MixLoRA on {name}"
-    yield (
-        f"{settings.routing}, num_factors {settings.num_factors}, r {settings.r}; per GPU {settings.batch_size} x "
-        f"{settings.sequence_length} tokens, gradient checkpointing {checkpointing}; "
-        f"{settings.gpus} GPU{'s' * (settings.gpus > 1)}, {settings.optimizer}, {settings.compute_dtype}"
-    )
-    yield from (f"note: {note}" for note in result.notes)
-    yield ""
-    trained = sum(result.parameters.values())
-    yield f"{'trained parameters':<26}{'number':>16}"
-    for kind, number in result.parameters.items():
-        yield f"  {kind:<24}{number:>16,}"
-    share = trained / (trained + result.frozen)
-    yield f"  {'total':<24}{trained:>16,}   ({share:.2%} of all {trained + result.frozen:,})"
-    yield ""
-    columns = [f"{bits} bits" if bits < 16 else settings.compute_dtype for bits in result.components]
-    yield f"{'GiB per GPU':<26}" + "".join(f"{column:>16}" for column in columns)
-    for part, title in COMPONENTS.items():
-        yield _row(title, [getattr(components, part) for components in result.components.values()])
-    yield "in total, by ZeRO stage"
-    for stage in STAGES:
-        cells = [by_stage[stage] for by_stage in result.cells.values()]
-        yield _row(stage, [None if cell.refused else cell.gpu for cell in cells])
-        if any(cell.host for cell in cells):
-            yield _row("  host memory per GPU", [None if cell.refused else cell.host for cell in cells])
-    if any(cell.refused for by_stage in result.cells.values() for cell in by_stage.values()):
-        yield f"-: {REFUSED}."
-    yield "CUDA's own memory and fragmentation come on top."
+@dataclass(frozen=True)
+class Examination:
+    """What was found.
+
+    Args:
+        versions: of each package, None where it is missing.
+        parts: by name, as `environment.parts` gives them.
+    """
+
+    versions: dict[str, str | None]
+    parts: dict[str, Part]
+
+    @property
+    def stack(self) -> Stack:
+        """The tested stack that is nearest to the installed versions."""
+        return nearest(self.versions)
+
+    @property
+    def main_job(self) -> bool:
+        """Whether `bash scripts/finetune_mixlora.sh` can run."""
+        return self.works(MAIN_JOB)
+
+    def works(self, feature: str) -> bool:
+        """Whether every part that the feature needs works."""
+        return not self.broken(feature)
+
+    def broken(self, feature: str) -> dict[str, Part]:
+        """The parts that keep a feature from working; not those that merely wait for another one."""
+        broken = {name: self.parts[name] for name in FEATURES[feature] if not self.parts[name].works}
+        return {name: part for name, part in broken.items() if not part.found.startswith(environment.WAITING)} or broken
+
+    def mends(self, feature: str) -> list[str]:
+        """The commands that make a feature work, in the order in which to run them."""
+        return list(dict.fromkeys(part.mend for part in self.broken(feature).values() if part.mend is not None))
+
+    def lines(self) -> Iterator[str]:
+        """The screen that `llava-mixlora doctor` prints."""
+        yield f"llava-mixlora {__version__}, Python {platform.python_version()} in {sys.prefix} on {platform.system()}"
+        yield ""
+        yield f"{'version':<16}{'found':<16}" + "".join(f"{stack.name:<20}" for stack in STACKS).rstrip()
+        for package, found in self.versions.items():
+            tested = "".join(f"{stack.versions.get(package, ''):<20}" for stack in STACKS)
+            yield f"  {package:<14}{found or '-':<16}{tested}".rstrip()
+        yield self._stack_line()
+        yield ""
+        yield "what is here"
+        for name, part in self.parts.items():
+            if name not in self.versions or not part.works or name == "flash-attn":
+                yield f"  {name:<24}{part.found}"
+        yield ""
+        yield "what works"
+        for feature in FEATURES:
+            if self.works(feature):
+                yield f"  yes  {feature}"
+                continue
+            yield f"  no   {feature}: " + ", ".join(self.broken(feature))
+            mends = self.mends(feature) or ["no command does; see above"]
+            yield from (f"         mend: {mend}" for mend in mends)
+
+    def _stack_line(self) -> str:
+        stack = self.stack
+        other = [
+            f"{name} ({self.versions[name] or 'missing'}, tested: {stack.versions[name]})"
+            for name in differences(stack, self.versions)
+        ]
+        if not other:
+            return f'These are the versions of the tested stack "{stack.name}".'
+        return f'Nearest to the tested stack "{stack.name}", but for {", ".join(other)}: scripts/{stack.constraints}'
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "llava_mixlora": __version__,
+            "python": platform.python_version(),
+            "versions": self.versions,
+            "nearest_stack": self.stack.name,
+            "differs_from_stack": differences(self.stack, self.versions),
+            "parts": {name: asdict(part) for name, part in self.parts.items()},
+            "features": {
+                feature: {
+                    "works": self.works(feature),
+                    "broken": list(self.broken(feature)),
+                    "mend": self.mends(feature),
+                }
+                for feature in FEATURES
+            },
+        }
 
 
-def as_json(name: str, result: MemoryEstimate) -> dict[str, Any]:
-    """The same in bytes, for programs."""
-    return {
-        "model": name,
-        "settings": asdict(result.settings),
-        "notes": list(result.notes),
-        "parameters_trained": result.parameters,
-        "parameters_frozen": result.frozen,
-        "bytes_per_gpu": {bits: asdict(components) for bits, components in result.components.items()},
-        "total": {
-            bits: {stage: asdict(cell) for stage, cell in by_stage.items()} for bits, by_stage in result.cells.items()
-        },
-    }
-
-
-def _row(title: str, sizes: list[int | None]) -> str:
-    return f"  {title:<24}" + "".join(f"{'-' if size is None else f'{size / GIB:.2f}':>16}" for size in sizes)
+def examine() -> Examination:
+    """Look at this environment, which takes a few seconds."""
+    return Examination(environment.versions(), environment.parts())

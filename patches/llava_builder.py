@@ -1,8 +1,12 @@
-"""`llava.model.builder`: adapters that stay adapters (a plain LoRA with `keep_adapter`), models that answer batches."""
+"""`llava.model.builder`: adapters that stay adapters (a plain LoRA with `keep_adapter`), models that answer batches.
+
+And models that load where flash attention is asked for and cannot be had.
+"""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +16,7 @@ from llava_mixlora.adapter_folder import (
     is_mixlora_adapter,
     read_non_lora_trainables,
 )
+from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.errors import MixLoraError
 
 from .llava_train import NOT_THE_LANGUAGE_MODEL
@@ -74,6 +79,21 @@ def _pad_on_the_left(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     return load_pretrained_model
 
 
+def _flash_attention_where_it_runs(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
+    @functools.wraps(original)
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> Loaded:
+        given = inspect.signature(original).bind(*args, **kwargs)
+        given.apply_defaults()
+        options = given.arguments["kwargs"]
+        asked = FLASH if given.arguments.get("use_flash_attn") else options.get("attn_implementation")
+        if asked is not None:
+            given.arguments["use_flash_attn"] = False
+            options["attn_implementation"] = available_attention(asked, given.arguments["device"])
+        return original(*given.args, **given.kwargs)
+
+    return load_pretrained_model
+
+
 PATCHES = (
     Patch(
         "llava.model.builder:load_pretrained_model",
@@ -86,5 +106,10 @@ PATCHES = (
         why="a loaded model keeps the padding side of its training, the right, and in a batch (as lmms-eval asks) "
         "generate() then goes on from the padding of shorter prompts (haotian-liu/LLaVA#754)",
         replace=_pad_on_the_left,
+    ),
+    Patch(
+        "llava.model.builder:load_pretrained_model",
+        why="use_flash_attn, which model_worker has a flag for, fails where flash-attn is not installed or sees no GPU",
+        replace=_flash_attention_where_it_runs,
     ),
 )

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import torch
 from transformers import PretrainedConfig, set_seed
 
+from llava_mixlora.attention import available_attention
 from llava_mixlora.checkpoint import check_same_adapter
 from llava_mixlora.config import MixLoraConfig
 from llava_mixlora.errors import MixLoraError
@@ -157,20 +158,11 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
         check_training_inputs(sys.argv[1:])
         token = _running_train.set(RunningTrain())
         try:
-            original(attn_implementation=_available_attention(attn_implementation))
+            original(attn_implementation=available_attention(attn_implementation))
         finally:
             _running_train.reset(token)
 
     return train
-
-
-def _available_attention(implementation: str | None) -> str | None:
-    from transformers.utils import is_flash_attn_2_available
-
-    if implementation == "flash_attention_2" and not is_flash_attn_2_available():
-        print("flash-attn is not installed or sees no GPU: using PyTorch's scaled dot product attention instead.")
-        return "sdpa"
-    return implementation
 
 
 def _class_of_the_model(original: type) -> type:

@@ -36,7 +36,7 @@ llava_mixlora_setup() {
     # The stamp names what was installed from where, so a changed requirement or a moved clone installs again.
     stamp="$(python -c 'import sys; print(sys.prefix)')/.llava-mixlora-setup"
     wanted="$root $extras $(cat "$root/pyproject.toml" "$constraints" "$root/scripts/setup.sh" | cksum)"
-    if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && python -c 'import llava_mixlora' 2>/dev/null; then
+    if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && python -c 'from llava_mixlora import MixLoraConfig' 2>/dev/null; then
         return 0
     fi
 

@@ -1,11 +1,12 @@
 """Upstream's training in a real process: MixLoRA and upstream's own LoRA."""
 
 import json
+import subprocess
 
 import pytest
 import torch
 
-from .training import ALONE, train
+from .training import ALONE, environment, program, train
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +52,13 @@ def test_plain_lora_is_upstreams_own(inputs, tmp_path, patched):
     base = inputs[0].split("=")[1]
     _, merged, _, _ = load_pretrained_model(str(output), base, "llava-lora", device="cpu")
     assert not isinstance(merged, PeftModel)
+
+
+def test_train_mem_says_once_that_it_goes_without_flash_attention(inputs, tmp_path):
+    output = tmp_path / "llava-mixlora"
+    launcher = [program("torchrun"), "--nproc_per_node=2", "--standalone", "-m", "llava_mixlora"]
+    words = [*launcher, "run", "-m", "llava.train.train_mem", *inputs, f"--output_dir={output}", "--max_steps=1"]
+    done = subprocess.run([*words, "--mixlora_enable=True"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (output / "adapter_model.safetensors").is_file()
+    assert done.stdout.count("flash-attn is not installed or sees no GPU: using PyTorch's") == 1

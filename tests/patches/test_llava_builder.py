@@ -221,3 +221,17 @@ def test_plain_llava_is_loaded_by_upstream(load, base):
     assert not isinstance(model, PeftModel)
     ids = random_ids(1, 4)
     assert model(input_ids=ids).logits.shape == (1, 4, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("asked", [{"use_flash_attn": True}, {"attn_implementation": "flash_attention_2"}])
+def test_flash_attention_that_cannot_be_had_is_one_line_and_sdpa(load, adapter, capsys, asked):
+    _, model, _, _ = load(adapter, **asked)
+    assert model.config._attn_implementation == "sdpa" and layers(model)
+    told = [line for line in capsys.readouterr().out.splitlines() if "flash-attn" in line]
+    assert told == ["flash-attn does not run on cpu: using PyTorch's scaled dot product attention instead."]
+
+
+def test_attention_is_transformers_choice_unless_asked_for(load, base, capsys):
+    _, model, _, _ = load(base, name="llava", attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+    assert "flash-attn" not in capsys.readouterr().out

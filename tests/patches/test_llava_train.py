@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
+from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL, _train_checked
 from peft import LoraConfig
 from transformers import TrainingArguments
 
@@ -158,8 +158,6 @@ def train(patched, llama, tmp_path, monkeypatch):
     """Runs the patched train() around a body that stands for upstream's, with the given flags."""
     from llava.train import train as upstream
 
-    adapter_patch = next(patch for patch in patched.PATCHES if patch.target == "llava.train.train:train")
-
     def run(*flags, attention=None):
         made = {}
 
@@ -171,7 +169,7 @@ def train(patched, llama, tmp_path, monkeypatch):
             made["model"] = peft.get_peft_model(llama, config)
 
         monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path), "--use_cpu", *flags])
-        adapter_patch.replace(body)(attn_implementation=attention)
+        _train_checked(body)(attn_implementation=attention)
         return made
 
     return run
@@ -220,6 +218,13 @@ def test_missing_flash_attention_falls_back(train):
     assert train("--lora_enable", "--lora_r", "2", attention="flash_attention_2")["attention"] == "sdpa"
     assert train("--lora_enable", "--lora_r", "2", attention="eager")["attention"] == "eager"
     assert train("--lora_enable", "--lora_r", "2")["attention"] is None
+
+
+def test_flash_attention_that_can_be_had_is_used(train, monkeypatch, capsys):
+    monkeypatch.setattr(transformers.utils, "is_flash_attn_2_available", lambda: True)  # as on a GPU
+    flags = ("--lora_enable", "--lora_r", "2")
+    assert train(*flags, attention="flash_attention_2")["attention"] == "flash_attention_2"
+    assert "flash-attn" not in capsys.readouterr().out
 
 
 def test_parsing_flags_outside_of_training_changes_no_adapter(parse, llama):

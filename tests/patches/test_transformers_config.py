@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import transformers
+from llava_mixlora.patches.llava_train import _train_checked
 from transformers import AutoConfig, BitsAndBytesConfig
 
 
@@ -14,7 +15,6 @@ def save(patched, llama, tmp_path, monkeypatch):
     from llava.train import train as upstream
 
     llama.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
-    around_train = next(patch for patch in patched.PATCHES if patch.target == "llava.train.train:train")
 
     def body(attn_implementation=None):
         transformers.HfArgumentParser(upstream.TrainingArguments).parse_args_into_dataclasses()
@@ -23,7 +23,7 @@ def save(patched, llama, tmp_path, monkeypatch):
     def save(*flags):
         if flags:
             monkeypatch.setattr(sys, "argv", ["train.py", f"--output_dir={tmp_path}", "--use_cpu", *flags])
-            around_train.replace(body)()
+            _train_checked(body)()
         else:
             llama.config.save_pretrained(tmp_path)
         return json.loads((tmp_path / "config.json").read_text())
