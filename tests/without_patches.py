@@ -2,7 +2,7 @@
 
     bash scripts/test_patches.sh [--only WORD] [--list]
 
-A patch is cut out of a temporary copy of the repository, and the tests run there until one fails: first those of the
+A patch is taken out of a temporary copy of the repository, and the tests run there until one fails: first those of the
 patch's own module, then the other quick ones, then those that start training. The test that failed must pass in an
 untouched copy. Status 1: some patch was missed by all tests. Patches that the installed versions do not need are listed
 and left for the stack that does.
@@ -11,7 +11,6 @@ and left for the stack that does.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import shutil
@@ -34,6 +33,13 @@ CLOSEST = {
         "end_to_end/test_many_processes.py::test_loss_curve_of_two_processes_is_that_of_one[zero3-bfloat16]",
     ],
     "llava_train": ["llava_mixlora/test_cli.py", "end_to_end/test_launchers.py"],
+    "llava_train LlavaLlamaForCausalLM": ["end_to_end/test_mistral.py"],
+    "llava_mistral": ["end_to_end/test_mistral.py"],
+    "llava_model_worker": ["end_to_end/test_serving.py"],
+    "peft_save_and_load": ["llava_mixlora/test_model.py", "llava_mixlora/test_registration.py"],
+    "transformers_trainer Trainer._load_rng_state": [
+        "end_to_end/test_checkpoints.py::test_killed_run_goes_on_as_if_nothing_had_happened"
+    ],
     **{
         f"llava_trainer_checkpoints LLaVATrainer.{method}": [f"end_to_end/test_checkpoints.py::{test}"]
         for method, test in {
@@ -47,7 +53,7 @@ CLOSEST = {
         }.items()
     },
 }
-LAST = ["launchers", "checkpoints", "qlora", "many_processes"]
+LAST = ["launchers", "checkpoints", "qlora", "mistral", "serving", "upstream_scripts", "many_processes"]
 # About the list of patches itself, so that a shorter one proves nothing.
 NO_BEHAVIOUR = ["patches/test_patch.py"]
 
@@ -59,7 +65,6 @@ class Entry:
     Args:
         module: name of the file in patches/.
         number: place in the tuple.
-        first, last: its lines in the file, counted from 1.
         needed: whether the installed versions need it.
         symbol: what it replaces in its upstream module.
         versions: that it is for; empty: all.
@@ -67,8 +72,6 @@ class Entry:
 
     module: str
     number: int
-    first: int
-    last: int
     needed: bool
     symbol: str
     versions: str
@@ -84,18 +87,9 @@ def entries() -> Iterator[Entry]:
         if file.stem in ("__init__", "patch"):
             continue
         patches = import_module(f"llava_mixlora.patches.{file.stem}").PATCHES
-        places = _places(file)
-        assert len(places) == len(patches), f"{file}: expected PATCHES to be a tuple of Patch(...), written out"
-        for number, (patch, (first, last)) in enumerate(zip(patches, places)):
+        for number, patch in enumerate(patches):
             versions = " ".join(f"{package}{spec}" for package, spec in patch.requires.items())
-            yield Entry(file.stem, number, first, last, patch.needed, patch.target.partition(":")[2], versions)
-
-
-def _places(file: Path) -> list[tuple[int, int]]:
-    for statement in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "PATCHES":
-            return [(element.lineno, element.end_lineno) for element in statement.value.elts]
-    return []
+            yield Entry(file.stem, number, patch.needed, patch.target.partition(":")[2], versions)
 
 
 def copy_repository(place: Path, without: Entry | None) -> None:
@@ -110,9 +104,8 @@ def copy_repository(place: Path, without: Entry | None) -> None:
     (place / "watch_failures.py").write_text(WATCH)
     if without is not None:
         file = place / "patches" / f"{without.module}.py"
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-        assert lines[without.first - 1].strip() == "Patch(" and lines[without.last - 1].strip() == "),"
-        file.write_text("".join(lines[: without.first - 1] + lines[without.last :]), encoding="utf-8")
+        with file.open("a", encoding="utf-8") as source:
+            source.write(f"\nPATCHES = (*PATCHES[:{without.number}], *PATCHES[{without.number + 1} :])\n")
 
 
 # A plugin of pytest: sees that the copy is what is tested, and notes what failed first.

@@ -35,6 +35,7 @@ def script(tmp_path):
     return tmp_path / "script.py"
 
 
+@pytest.mark.slow
 def test_script_runs_as_main_with_the_patches_and_its_own_arguments(script, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -44,6 +45,7 @@ def test_script_runs_as_main_with_the_patches_and_its_own_arguments(script, tmp_
     assert "BESIDE 42" in done.stdout
 
 
+@pytest.mark.slow
 def test_patched_module_runs_with_its_patches():
     done = command("run", "-m", "llava.train.train", "--help")
     assert done.returncode == 0, done.stderr
@@ -108,6 +110,7 @@ def test_version_is_the_packages(capsys):
     assert capsys.readouterr().out.strip() == f"llava-mixlora {__version__}"
 
 
+@pytest.mark.slow
 def test_console_script_is_installed():
     done = subprocess.run(
         [Path(sys.executable).with_name("llava-mixlora"), "--version"], capture_output=True, text=True
@@ -121,6 +124,7 @@ shapes_alone = pytest.mark.skipif(
 
 
 @shapes_alone
+@pytest.mark.slow
 def test_doctor_estimates_a_model_that_is_only_a_configuration(tmp_path, clip_folder, capsys):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 320, **sizes}))

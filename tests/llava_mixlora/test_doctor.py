@@ -45,6 +45,7 @@ def told(done, status):
     return features
 
 
+@pytest.mark.slow
 def test_whole_environment_runs_the_main_job(doctor):
     done = doctor()
     features = told(done, 0)
@@ -56,6 +57,7 @@ def test_whole_environment_runs_the_main_job(doctor):
         assert any(line.split()[:2] == [name, version] for line in done.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_what_only_some_need_leaves_the_main_job_working(doctor, tmp_path):
     """No compiler either, and a GPU that PyTorch, built for the CPU, does not see."""
     programs = tmp_path / "programs"
@@ -84,6 +86,7 @@ def test_what_only_some_need_leaves_the_main_job_working(doctor, tmp_path):
     assert "550.54.15" in found["parts"]["GPU"]["found"]
 
 
+@pytest.mark.slow
 def test_missing_needs_of_the_main_job_are_named_with_what_mends_them(doctor):
     features = told(doctor(hide=["deepspeed", "easy_vqa", "sklearn", "einops", "matplotlib"]), 1)
     for feature in ("main job", "training"):
@@ -94,12 +97,14 @@ def test_missing_needs_of_the_main_job_are_named_with_what_mends_them(doctor):
     assert features["evaluation"]["mend"] == ["pip install einops"]
 
 
+@pytest.mark.slow
 def test_missing_llava_is_named(doctor):
     features = told(doctor(hide=["llava"]), 1)
     assert features["main job"]["mend"] == ["pip install --no-deps llava-torch==1.2.2.post1"]
     assert features["main job"]["broken"] == "LLaVA"
 
 
+@pytest.mark.slow
 def test_fork_whose_symbol_is_gone_is_one_line(doctor, tmp_path):
     fork = shutil.copytree(importlib.util.find_spec("llava").submodule_search_locations[0], tmp_path / "llava")
     builder = fork / "model" / "builder.py"
@@ -110,6 +115,7 @@ def test_fork_whose_symbol_is_gone_is_one_line(doctor, tmp_path):
     assert "cannot patch llava.model.builder:load_pretrained_model" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["peft", "transformers"])
 def test_missing_library_is_one_line_for_every_command(doctor, missing):
     features = told(doctor(hide=[missing]), 1)

@@ -80,6 +80,7 @@ def test_answers_in_batches_are_those_given_alone(model, questions_file, finishe
     assert alone == {line["question_id"]: line["text"] for line in lines(finished)}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_answers_of_one(model, questions_file, finished, tmp_path):
     launcher = [program("torchrun"), "--standalone", "--nproc_per_node=2", "-m", "llava_mixlora"]
     done = subprocess.run(
@@ -105,6 +106,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_killed_run_loses_no_answer_and_asks_none_twice(model, questions_file, finished, tmp_path, monkeypatch, capsys):
     run = words(model, questions_file, tmp_path)
     done = subprocess.run([sys.executable, "-c", KILLED, *run], env=environment(), capture_output=True)

@@ -91,6 +91,7 @@ def interference_by_steps(falls, estimator):
     return torch.tensor([[entry(i, j) for j in range(TASKS)] for i in range(TASKS)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MixLoRA", "LoRA"])
 def test_gradient_form_agrees_with_steps_that_are_made(adapters, llava_folder, given, kind):
     loaded = load_for_inference(adapters[kind], llava_folder, keep_adapter=True)
@@ -194,6 +195,7 @@ def words(adapter, data, *more):
     return ["interference", *map(str, asked)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["MixLoRA", "LoRA"])
 def test_command_measures_adapters_of_both_kinds(adapters, llava_folder, data, tmp_path, kind):
     more = ["--samples", 9, "--batch-size", 3, "--model-base", llava_folder, "--output", tmp_path / "out"]

@@ -226,6 +226,7 @@ def test_bytes_of_the_8_bit_optimizer_are_exact():
     assert optimizer_bytes(parameters, "paged_adamw_8bit") == stored_bytes(states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "compute_dtype", "batch_size"), [("tiny", "fp32", 2), ("larger", "bf16", 4)])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_activations_agree_with_a_real_step(make_llava, size, compute_dtype, batch_size, checkpointing):
@@ -240,6 +241,7 @@ def test_activations_agree_with_a_real_step(make_llava, size, compute_dtype, bat
     assert activation_bytes(config, settings, [16])[16] == pytest.approx(measured, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "checkpointing"), [(4, True), (8, False)])
 def test_activations_of_a_quantized_model_agree_with_a_real_step(quantized, bits, checkpointing):
     settings = RunSettings(gradient_checkpointing=checkpointing, batch_size=4, sequence_length=LENGTH["larger"])
@@ -248,6 +250,7 @@ def test_activations_of_a_quantized_model_agree_with_a_real_step(quantized, bits
     assert activation_bytes(config, settings, [bits])[bits] == pytest.approx(measured, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "checkpointing"), [(16, False), (4, True)])
 def test_two_layers_tell_what_any_depth_needs(make_llava, bits, checkpointing):
     settings = RunSettings(gradient_checkpointing=checkpointing, batch_size=2, sequence_length=LENGTH["larger"])
@@ -258,6 +261,7 @@ def test_two_layers_tell_what_any_depth_needs(make_llava, bits, checkpointing):
     assert peak_of_step(build(config, settings, bits, layers=2), *shapes) == pytest.approx(in_full, rel=0.01)
 
 
+@pytest.mark.slow
 def test_zero_divides_what_it_shards_and_refuses_quantized_weights(make_llava):
     _, config = make_llava("tiny", RunSettings())
     result = estimate(config, RunSettings(gpus=8, batch_size=1, sequence_length=8), [16, 4])

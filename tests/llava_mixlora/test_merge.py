@@ -107,6 +107,7 @@ def run(program, *arguments):
 # --- merging
 
 
+@pytest.mark.slow
 def test_merged_checkpoint_serves_where_the_plugin_is_absent(base, adapter, images, tmp_path, capsys):
     assert main(["merge", "--model-path", str(adapter), "--save-model-path", str(tmp_path / "llava-merged")]) == 0
     assert "mean over the layers" in capsys.readouterr().out
@@ -154,6 +155,7 @@ def test_one_route_for_all_inputs_merges_exactly_by_every_method(base, data, ima
 # --- exporting
 
 
+@pytest.mark.slow
 def test_exported_lora_passes_through_stock_peft_and_llavas_own_merge(base, adapter, images, tmp_path):
     exported = tmp_path / "llava-exported-lora"
     assert main(["export-lora", "--model-path", str(adapter), "--save-model-path", str(exported)]) == 0
@@ -194,6 +196,7 @@ def test_report_lists_layers_in_one_order():
     assert listed == 2 * ["layers.2.down", "layers.2.up", "layers.10.up"]
 
 
+@pytest.mark.slow
 def test_regression_in_several_passes_is_the_same(untrained, data, tmp_path, monkeypatch):
     results = []
     for room in (calibration.INPUT_SUMS, 8 * 48**2):
@@ -297,6 +300,7 @@ def test_interrupted_merging_leaves_no_folder(adapter, tmp_path, monkeypatch):
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_merging_leaves_nothing_that_looks_finished_and_the_next_clears_up(adapter, tmp_path):
     program = """
 import os, signal, sys

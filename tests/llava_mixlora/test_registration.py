@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 
+import pytest
 from peft import PeftType, mapping
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -34,6 +35,7 @@ def test_other_methods_are_untouched():
     assert PeftType.LORA == "LORA" and PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA].__name__ == "LoraConfig"
 
 
+@pytest.mark.slow
 def test_importing_the_package_patches_nothing():
     program = (
         "import sys, peft; original = peft.get_peft_model; import llava_mixlora;"

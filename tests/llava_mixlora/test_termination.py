@@ -58,6 +58,7 @@ def test_signal_has_its_usual_effect_after_training(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == usual
 
 
+@pytest.mark.slow
 def test_one_process_with_the_signal_is_enough(tmp_path):
     multiprocessing.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
 

@@ -40,6 +40,7 @@ def adapted(llava, **options):
     return llava.adapted(config, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router_scope", ["prompt", "sequence"])
 def test_right_is_what_greedy_decoding_answers_to_the_letter(llava, items, router_scope):
     model = adapted(llava, router_scope=router_scope)
