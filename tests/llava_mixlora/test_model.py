@@ -1,6 +1,7 @@
 """MixLoRA through the whole surface that PEFT gives any method."""
 
 import copy
+import importlib
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -583,3 +584,11 @@ def test_adapter_loaded_for_inference_trains_on_no_precision(llama, tmp_path):
     get_peft_model(copy.deepcopy(llama), config()).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama.to(torch.bfloat16), tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("place", ["peft", "peft.utils", "peft.utils.save_and_load", "peft.peft_model"])
+def test_state_dict_functions_know_the_type_wherever_they_are_imported_from(llama, _llama, copy_of, place):
+    module = importlib.import_module(place)
+    model, other = adapt(llama), get_peft_model(copy_of(_llama), config()).eval()
+    module.set_peft_model_state_dict(other, module.get_peft_model_state_dict(model))
+    assert torch.equal(logits(other), logits(model))

@@ -1,13 +1,17 @@
 """What every patch does: replace one symbol, once, undoably, and complain when it does not fit."""
 
 import importlib
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from llava_mixlora.patches import Patch, PatchError
 
 from llava_mixlora import MixLoraError, patches
+
+ROOT = Path(__file__).parents[2]
 
 
 class Parent:
@@ -259,3 +263,10 @@ def test_every_patch_of_the_plugin_can_be_undone_and_applied_again(patched):
 
 def test_every_patch_says_why(patched):
     assert all(len(patch.why.split()) > 5 for patch in patched.PATCHES)
+
+
+def test_versions_are_compared_in_patches_and_registration_alone():
+    compares = re.compile(r"\bVersion\(|SpecifierSet|__version__\s*[<>=!]=?|version\([^()]*\)\s*[<>=!]=?|parse_version")
+    places = [*ROOT.glob("llava_mixlora/*.py"), *ROOT.glob("playground/**/*.py"), *ROOT.glob("scripts/*.sh")]
+    found = {file.name for file in places if compares.search(file.read_text(encoding="utf-8"))}
+    assert len(places) > 50 and found == {"registration.py"}
