@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava_mixlora import checkpoint
 from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
@@ -137,6 +140,24 @@ def _go_on_from_newest_whole(original: Callable[..., Any]) -> Callable[..., Any]
     return train
 
 
+def _make_no_step_after_the_last(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        # Only where the weights lie in the model itself: DeepSpeed's engine, which holds them else, is made in train().
+        if not isinstance(resume_from_checkpoint, str) or not isinstance(self.model, PeftModel) or self.args.deepspeed:
+            return original(self, resume_from_checkpoint, *args, **kwargs)
+        state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        same_length = state.num_train_epochs == self.args.num_train_epochs
+        last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps if same_length else math.inf
+        if state.global_step < last:
+            return original(self, resume_from_checkpoint, *args, **kwargs)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {})
+
+    return train
+
+
 def _newest_whole(trainer: Any) -> str:
     found, problem = [None], None
     if trainer.is_world_process_zero():
@@ -201,6 +222,12 @@ PATCHES = (
         why="a crash while a checkpoint is written should leave none rather than a half one",
         replace=_save_aside_then_rename,
         parameters=("model", "trial"),
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer.train",
+        why="Trainer makes one step too many when it goes on from the checkpoint of the last step",
+        replace=_make_no_step_after_the_last,
+        requires={"transformers": "<5"},
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.train",

@@ -16,9 +16,10 @@ VOCABULARY = 320
 newer_peft = pytest.mark.skipif(not hasattr(peft.utils, "register_peft_method"), reason="PEFT 0.13 has no such feature")
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-quantizes_on_cpu = pytest.mark.skipif(
-    not torch.cuda.is_available() and importlib.util.find_spec("transformers.quantizers") is None,
-    reason="transformers 4.37 quantizes on a GPU only",
+GPU_WANTED = not torch.cuda.is_available() and importlib.util.find_spec("transformers.quantizers") is None
+quantizes_on_cpu = pytest.mark.skipif(GPU_WANTED, reason="transformers 4.37 quantizes on a GPU only")
+deepspeed_on_cpu = pytest.mark.skipif(
+    GPU_WANTED, reason="accelerate 0.21, beside transformers 4.37, knows no such thing"
 )
 
 
