@@ -18,9 +18,7 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 GPU_WANTED = not torch.cuda.is_available() and importlib.util.find_spec("transformers.quantizers") is None
 quantizes_on_cpu = pytest.mark.skipif(GPU_WANTED, reason="transformers 4.37 quantizes on a GPU only")
-deepspeed_on_cpu = pytest.mark.skipif(
-    GPU_WANTED, reason="accelerate 0.21, beside transformers 4.37, knows no such thing"
-)
+deepspeed_on_cpu = pytest.mark.skipif(GPU_WANTED, reason="accelerate 0.21 runs DeepSpeed on GPUs only")
 
 
 def randomise(model: nn.Module, seed: int = 0, scale: float = 0.5) -> nn.Module:
