@@ -161,7 +161,6 @@ MALFORMED = {
     "no text": lambda good: b"\xff\xfe",
     "no object": lambda good: [1],
     "no prompt": lambda good: without(good, "prompt"),
-    "empty prompt": lambda good: {**good, "prompt": "", "images": []},
     "prompt is a number": lambda good: {**good, "prompt": 5},
     "no stop": lambda good: without(good, "stop"),
     "temperature is a word": lambda good: {**good, "temperature": "warm"},

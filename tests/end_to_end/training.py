@@ -13,7 +13,8 @@ from ..tiny import draw_pictures
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 RUN = ["run", "-m", "llava.train.train"]
-ALONE = [sys.executable, "-m", "llava_mixlora", *RUN]
+PLUGIN = [sys.executable, "-m", "llava_mixlora"]
+ALONE = [*PLUGIN, *RUN]
 
 
 def write_inputs(place, llava, clip_folder, tokenizer_folder, answers):

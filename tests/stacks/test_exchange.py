@@ -7,6 +7,7 @@ trains an adapter (`-k trains`), then every stack loads them all (`-k load`).
 import copy
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoConfig
 from llava_mixlora.adapter_folder import base_model_of, read_non_lora_trainables
 from llava_mixlora.loading import load_for_inference
 
-from ..end_to_end.training import ALONE, train, write_inputs
+from ..end_to_end.training import ALONE, PLUGIN, train, write_inputs
 from ..tiny import layers
 
 if "MIXLORA_EXCHANGE" not in os.environ:
@@ -32,31 +33,47 @@ FLAGS = [
 ]
 
 
-def load(folder):
-    """The adapter on its base in float32: transformers 4.37 would keep the positions of a float16 model in float16."""
+def bare(folder, config=None):
+    """A LLaVA in float32 with its tower: transformers 4.37 would keep the positions of a float16 model in float16."""
     from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 
-    base = LlavaLlamaForCausalLM.from_pretrained(base_model_of(folder), config=AutoConfig.from_pretrained(folder))
-    base.get_vision_tower().load_model()
+    options = {} if config is None else {"config": config}
+    model = LlavaLlamaForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, **options)
+    model.get_vision_tower().load_model()
+    return model.float().eval()
+
+
+def load(folder):
+    """The adapter on its base."""
+    base = bare(base_model_of(folder), AutoConfig.from_pretrained(folder))
     base.load_state_dict(read_non_lora_trainables(folder), strict=False)
-    return PeftModel.from_pretrained(base, str(folder)).float().eval()
+    return PeftModel.from_pretrained(base, str(folder)).eval()
 
 
-def answer(folder):
-    """Logits about two pictures, and what is generated about them."""
-    model = load(folder)
-    assert len(layers(model)) == 14
+def questions():
+    """Two prompts, and a picture for each."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 300, (2, 12), generator=generator)
     ids[:, 3] = -200
-    images = torch.rand(2, 3, 16, 16, generator=generator)
+    return ids, torch.rand(2, 3, 16, 16, generator=generator)
+
+
+def ask(model):
+    """Logits about both."""
+    ids, images = questions()
+    with torch.inference_mode():
+        return model(input_ids=ids, images=images).logits.contiguous()
+
+
+def answer(folder):
+    """Logits about both, and eight tokens that are generated."""
+    model, (ids, images) = load(folder), questions()
+    assert len(layers(model)) == 14
     model.get_base_model().generation_config.eos_token_id = None
-    with torch.inference_mode():  # transformers 4.37 begins with a token more
-        logits = model(input_ids=ids, images=images).logits
-        tokens = model.generate(
-            ids, images=images, do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0
-        )
-    return {"logits": logits.contiguous(), "tokens": tokens[:, -8:].contiguous()}
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    with torch.inference_mode():
+        tokens = model.generate(ids, images=images, **options)[:, -8:]  # transformers 4.37 begins with one more
+    return {"logits": ask(model), "tokens": tokens.contiguous()}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +95,20 @@ def test_stack_trains_an_adapter(patched, inputs, routing):
     output = SHARED / f"{STACK}-{routing}-mixlora"
     train(ALONE, inputs, output, *FLAGS, *ROUTINGS[routing])
     save_file(answer(output), output / "answer.safetensors")
+
+
+def test_adapter_that_a_stack_trains_is_merged_and_saved(patched, tmp_path):
+    folder, merged = SHARED / f"{STACK}-ifs_cfs-mixlora", tmp_path / "llava-merged"
+    words = [*PLUGIN, "merge", "--model-path", str(folder), "--save-model-path", str(merged)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    model = load(folder)
+    model.save_pretrained(tmp_path / "again")
+    saved, again = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "again"))
+    assert saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+    expected = ask(model.merge_and_unload())
+    torch.testing.assert_close(ask(bare(merged)), expected, rtol=1e-4, atol=1e-3)  # its weights are in half precision
+    assert not torch.allclose(expected, load_file(folder / "answer.safetensors")["logits"], atol=0.02)
 
 
 def test_adapters_of_all_stacks_load_here_with_equal_logits(patched):
