@@ -59,6 +59,8 @@ class Servers:
             for name, process in self.processes.items():
                 assert process.poll() is None, f"{name} has ended: {self.printed(name)[-3000:]}"
             try:
+                if expected:  # a worker registers before it listens
+                    requests.post(f"{self.worker}/worker_get_status", timeout=10)
                 return self.models() == expected
             except requests.ConnectionError:
                 return False
