@@ -93,7 +93,7 @@ def _try_parts() -> Iterator[tuple[str, Part]]:
         return keep(name, after(needs, lambda: _package(name, f"pip install {name}=={pins[name]}")))
 
     yield package("torch")
-    yield package("transformers")
+    yield package("transformers", ["torch"])
     yield package("accelerate", ["torch"])
     yield package("peft", ["torch", "transformers", "accelerate"])
     yield keep("small requirements", _packages(SMALL_REQUIREMENTS))

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 COPIED = ("llava_mixlora", "patches", "tests", "scripts", "playground", "pyproject.toml", "README.md")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "cache", "output", "results")
-# Where a module's patches, or the one of a symbol, show first.
+# Where a module's patches, or the one of a symbol (for some versions), show first.
 CLOSEST = {
     "deepspeed_zero3": [
         "end_to_end/test_many_processes.py::test_loss_curve_of_two_processes_is_that_of_one[zero3-float32]",
@@ -36,6 +36,9 @@ CLOSEST = {
     "llava_train LlavaLlamaForCausalLM": ["end_to_end/test_mistral.py"],
     "llava_mistral": ["end_to_end/test_mistral.py"],
     "llava_model_worker": ["end_to_end/test_serving.py"],
+    "llava_trainer_checkpoints LLaVATrainer.train transformers<5": [
+        "end_to_end/test_checkpoints.py::test_run_killed_after_its_last_step_makes_no_further_step"
+    ],
     "peft_save_and_load": ["llava_mixlora/test_model.py", "llava_mixlora/test_registration.py"],
     "transformers_trainer Trainer._load_rng_state": [
         "end_to_end/test_checkpoints.py::test_killed_run_goes_on_as_if_nothing_had_happened"
@@ -172,7 +175,8 @@ def tests_for(entry: Entry) -> Iterator[list[str]]:
     """What to run: the tests that should notice, when none does the quick ones, and last those that start training."""
     tests = ROOT / "tests"
     own = [f"patches/test_{entry.module}.py"] if (tests / "patches" / f"test_{entry.module}.py").is_file() else []
-    closest = CLOSEST.get(f"{entry.module} {entry.symbol}", CLOSEST.get(entry.module, []))
+    names = (f"{entry.module} {entry.symbol} {entry.versions}", f"{entry.module} {entry.symbol}", entry.module)
+    closest = next((CLOSEST[name] for name in names if name in CLOSEST), [])
     yield [f"tests/{name}" for name in own + closest] or ["tests/patches/test_llava_train.py"]
     quick = [*sorted(tests.glob("patches/test_*.py")), *sorted(tests.glob("llava_mixlora/test_*.py"))]
     names = [str(file.relative_to(tests)) for file in quick]
