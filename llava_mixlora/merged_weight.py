@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -45,7 +46,7 @@ def merged_weight(base_layer: nn.Module, delta: Tensor) -> nn.Parameter:
         "base is closer to what was trained",
         stacklevel=2,
     )
-    dense = dequantize_bnb_weight(weight, state=getattr(base_layer, "state", None))
+    dense = _dequantized(base_layer)
     total = (dense.float() + delta.to(dense.device, torch.float32)).to(dense.dtype)
     return _quantized_like(weight, total)
 
@@ -64,6 +65,15 @@ def set_weight(base_layer: nn.Module, weight: nn.Parameter) -> None:
 
 def _is_quantized(weight: Tensor) -> bool:
     return type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def _dequantized(base_layer: nn.Module) -> Tensor:
+    if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # On CPUs with AVX512-BF16 a 4-bit layer lays its weight out anew when it is first called in eval mode. The
+        # functions that dequantize do not know that layout; a layer takes it back when it is saved.
+        base_layer = copy.deepcopy(base_layer)
+        base_layer.state_dict()
+    return dequantize_bnb_weight(base_layer.weight, state=getattr(base_layer, "state", None))
 
 
 def _quantized_like(weight: Any, dense: Tensor) -> nn.Parameter:

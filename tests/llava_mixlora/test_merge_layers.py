@@ -198,6 +198,25 @@ def test_quantized_weight_is_dequantized_and_quantized_again(kind, has_run):
         assert (merged(x) - exact).norm() / exact.norm() < (0.2 if kind == "Linear4bit" else 0.03)
 
 
+@newer_peft
+@pytest.mark.parametrize("compress_statistics", [True, False])
+def test_weight_in_the_layout_of_bfloat16_processors_is_merged(compress_statistics):
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+    from bitsandbytes.nn import Linear4bit
+
+    base = Linear4bit(64, 32, quant_type="nf4", compress_statistics=compress_statistics)
+    base.load_state_dict(nn.Linear(64, 32).state_dict())
+    model = adapt_layer(base.to("cpu"))  # in training mode a layer never takes that layout by itself
+    other = copy.deepcopy(model)
+    (layer,) = layers(other).values()
+    weight = layer.base_layer.weight
+    weight.data, _ = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    with pytest.warns(UserWarning, match="quantizes its weight again"):
+        merged, expected = other.merge_and_unload(), model.merge_and_unload()
+    x = torch.randn(2, 3, 64)
+    assert (merged(x) - expected(x)).norm() / expected(x).norm() < 0.05
+
+
 def test_layer_without_a_weight_is_named():
     class Opaque(nn.Module):
         in_features, out_features = 64, 32
