@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,8 @@ from .merged_weight import merged_weight, set_weight, weight_of
 from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
 from .registration import BaseTunerLayer
 from .routing_scope import RoutingScope, current_scope, is_recomputing
-from .routing_statistics import count_choices
 from .static_core import Moments, low_rank_pair, lstsq_core
+from .training_statistics import Statistics
 
 Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None], None]
 """Sees a layer's forward pass: layer, adapter, x [B, S, d_in], z = x Aᵀ [B, S, E], cores [B, E, E], attended [B, S]."""
@@ -153,23 +154,32 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the names are not as many as the instances, or an adapter is merged.
         """
-        if self.disable_adapters and self.merged:
+        disabled, merged = self.disable_adapters, self.merged
+        if disabled and merged:
             self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
+        if adapter_names is not None and not disabled:
             self._check_adapter_names(x, adapter_names)
-        if self.disable_adapters or self.merged:
+        if disabled or merged:
             return self.base_layer(x, *args, **kwargs)
+        scope, factors_A = current_scope(), self.mixlora_A
         # Autograd runs what was called last first. Routing comes before the base layer, so that gradients of routers
         # and W_AB, which stay, are made when the large ones on the way to x are gone: it decides the peak of memory.
         active = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        active = [adapter for adapter in active if adapter in self.mixlora_A]
-        routed = [self._routed(x, adapter, adapter_names) for adapter in active]
+        routed = [
+            (adapter, factors_A[adapter], *self._routed(x, adapter, factors_A[adapter], adapter_names, scope))
+            for adapter in active
+            if adapter in factors_A
+        ]
         result = self.base_layer(x, *args, **kwargs)
-        for adapter, (sequence, cores) in zip(active, routed):
-            z = F.linear(self.mixlora_dropout[adapter](sequence), self.mixlora_A[adapter])
+        for adapter, A, sequence, cores in routed:
+            dropout = self.mixlora_dropout[adapter]
+            z = F.linear(sequence if isinstance(dropout, nn.Identity) else dropout(sequence), A)
             update = update_of(z, self.mixlora_B[adapter], cores)
-            result = result + update.view(result.shape).to(result.dtype)
-            self._observe(sequence, z, cores, adapter)
+            if update.dtype != result.dtype:
+                update = update.to(result.dtype)
+            result = result + (update if update.ndim == result.ndim else update.view(result.shape))
+            if self.training or self.observer is not None:
+                self._observe(sequence, z, cores, adapter, scope)
         return result
 
     def moments(self, adapter: str) -> Moments:
@@ -180,9 +190,8 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         """
         return Moments(*self.mixlora_stats_moments[adapter].view(torch.float64))
 
-    def _observe(self, x: Tensor, z: Tensor, cores: Tensor, adapter: str) -> None:
-        """Note a training step's forward pass for the moments, and show any forward pass to the observer."""
-        scope = current_scope()
+    def _observe(self, x: Tensor, z: Tensor, cores: Tensor, adapter: str, scope: RoutingScope | None) -> None:
+        """Note a training step's forward pass for the statistics, and show any forward pass to the observer."""
         trains = self.training and scope is not None and scope.trains and not is_recomputing()
         if not trains and self.observer is None:
             return
@@ -191,7 +200,8 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 z = F.linear(x, self.mixlora_A[adapter])
         if trains:
-            scope.moments.note(self.mixlora_stats_moments[adapter].view(torch.float64), z, cores, attended)
+            total = Statistics(self.mixlora_stats_usage[adapter], self.mixlora_stats_moments[adapter])
+            scope.statistics.note(total, z, cores, attended)
         if self.observer is not None:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 self.observer(self, adapter, x, z, cores, attended)
@@ -208,46 +218,48 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
 
-    def _routed(self, x: Tensor, adapter: str, adapter_names: Sequence[str] | None) -> tuple[Tensor, Tensor]:
+    def _routed(
+        self, x: Tensor, adapter: str, A: Tensor, adapter_names: Sequence[str] | None, scope: RoutingScope | None
+    ) -> tuple[Tensor, Tensor]:
         """x as instances [B, S, d_in] in the dtype that the adapter computes in, and their cores [B, E, E]."""
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.mixlora_A[adapter].dtype)
-        sequence = _as_instances(x)
-        cores = self._core(sequence, adapter)
+        sequence = x
+        if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
+            sequence = x.to(A.dtype)
+        if x.ndim != 3:
+            sequence = _as_instances(sequence)
+        cores = self._core(sequence, adapter, scope, x)
         if adapter_names is not None:
             # All instances are routed, since what a scope knows and holds is per instance of the whole batch.
             cores = cores * torch.tensor([name == adapter for name in adapter_names], device=x.device).view(-1, 1, 1)
         return sequence, cores
 
-    def _core(self, x: Tensor, adapter: str) -> Tensor:
-        settings, scope = self.settings[adapter], current_scope()
-        holds = scope is not None and scope.shares_instances(x) and settings.decode_routing == "prefill"
-        if holds and (held := scope.held_core(self, adapter, len(x))) is not None:
+    def _core(self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor) -> Tensor:
+        settings = self.settings[adapter]
+        holds = scope is not None and settings.decode_routing == "prefill" and scope.shares_instances(x)
+        if holds and (held := scope.held_core(self, adapter, x.shape[0])) is not None:
             return held
-        with torch.autocast(x.device.type, enabled=False):
-            route = self._route(x, adapter, scope if scope is not None and scope.covers(x) else None)
+        with _full_precision(x):
+            route = self._route(x, adapter, scope, given)
             self.last_routes[adapter] = route.detach()
             dtype = torch.promote_types(self.mixlora_A[adapter].dtype, x.dtype)
             result = core(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)
-            if self.training and scope is not None and scope.trains:
-                result = self._in_training(result, route, adapter, scope)
+            if self.training and settings.balance_loss_weight != 0 and scope is not None and scope.trains:
+                result = self._balanced(result, route, adapter, scope)
         if holds:
             scope.hold(self, adapter, result)
         return result
 
-    def _in_training(self, core: Tensor, route: Route, adapter: str, scope: RoutingScope) -> Tensor:
-        """Count the route, and let the balance term join the loss through the core; returns the core, unchanged."""
-        first_time = not is_recomputing()
-        if first_time:
-            count_choices(self.mixlora_stats_usage[adapter], route.index_A, route.index_B)
-        weight = self.settings[adapter].balance_loss_weight
-        if weight == 0 or len(core) == 0:
+    def _balanced(self, core: Tensor, route: Route, adapter: str, scope: RoutingScope) -> Tensor:
+        """Let the balance term join the loss through the core; returns the core, unchanged."""
+        if len(core) == 0:
             return core
         pools = (route.score_A, route.index_A), (route.score_B, route.index_B)
+        weight = self.settings[adapter].balance_loss_weight
         term = weight / len(pools) * sum(load_balance(score, index) for score, index in pools)
-        return scope.balance.tie(core, term, note=first_time)
+        return scope.balance.tie(core, term, note=not is_recomputing())
 
-    def _route(self, x: Tensor, adapter: str, scope: RoutingScope | None) -> Route:
+    def _route(self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor) -> Route:
+        """The route of x [B, S, d_in], which was made from what the layer was `given`."""
         settings = self.settings[adapter]
         if settings.routing == "random":
             if self.training:
@@ -255,12 +267,15 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
             fixed = torch.Generator().manual_seed(settings.seed)
             route = route_at_random(1, settings.num_factors, settings.r, x.device, fixed)
             return Route(route.index_A.expand(len(x), -1), route.index_B.expand(len(x), -1), None, None)
-        weights = None if scope is None else scope.weights(settings.router_scope, settings.count_padding)
         factors_A = self.mixlora_A[adapter]
         if not settings.straight_through:
             x, factors_A = x.detach(), factors_A.detach()
+        if scope is None:
+            pooled = pooled_input(x, None)
+        else:
+            pooled = scope.pooled(x, settings.router_scope, settings.count_padding, given)
         return route_by_input(
-            pooled_input(x, weights),
+            pooled,
             self.mixlora_router_A[adapter],
             self.mixlora_router_B[adapter],
             settings.r,
@@ -366,9 +381,13 @@ def _uniform(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
 
+def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on the device of x; entering its context costs more than asking for it."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _as_instances(x: Tensor) -> Tensor:
-    if x.ndim == 3:
-        return x
     if x.ndim == 1:
         return x.view(1, 1, -1)
     return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import peft
+import torch
 from aenum import extend_enum
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -14,6 +15,10 @@ from peft.utils import PeftType
 if TYPE_CHECKING:
     from .config import MixLoraConfig
     from .model import MixLoraModel
+
+if Version(torch.__version__) < Version("2.4"):
+    # LLaVA's metadata pins 2.1, which cannot tell whether autocast is on for a device.
+    raise ImportError(f"torch {torch.__version__}: expected 2.4 or newer; run: pip install 'torch>=2.4'")
 
 installed = Version(version("peft"))
 if installed >= Version("0.21"):

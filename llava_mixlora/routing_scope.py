@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ from transformers import Cache
 
 from .balance_loss import BalanceLoss
 from .errors import MixLoraError
-from .training_moments import TrainingMoments
+from .mixture import pooled_input
+from .training_statistics import TrainingStatistics
 
 if TYPE_CHECKING:
     from .layer import MixLoraLayer
@@ -61,7 +63,7 @@ class RoutingScope:
         self.computed: HeldCores = {}
         self.trains = False  # whether the forward pass is a step of training, to be counted and balanced
         self.balance = BalanceLoss()
-        self.moments = TrainingMoments()
+        self.statistics = TrainingStatistics()
         self.model: nn.Module | None = None
         self.outer: RoutingScope | None = None
         self.set_positions(shape, attended, prompt)
@@ -70,6 +72,7 @@ class RoutingScope:
         """Replace what the scope knows of the sequence; the arguments are those of the class."""
         self.shape, self.attended, self.prompt = shape, attended, prompt
         self._weights: dict[tuple[str, bool], Tensor | None] = {}
+        self._last_pooled: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
 
     def covers(self, x: Tensor) -> bool:
         """Whether x [B, S, d] is this scope's sequence (and not, say, the patches inside a vision tower)."""
@@ -88,6 +91,24 @@ class RoutingScope:
                 positions = self.prompt if positions is None else positions & self.prompt
             self._weights[key] = None if positions is None else self._normalised(positions)
         return self._weights[key]
+
+    def pooled(self, x: Tensor, router_scope: str, count_padding: bool, given: Tensor) -> Tensor:
+        """h̄ of x [B, S, d_in], [B, d_in], by [`mixture.pooled_input`], over the routed positions where x has them.
+
+        Layers that are `given` the same tensor in a row (q, k and v; gate and up) share one average of it.
+        """
+        weights = self.weights(router_scope, count_padding) if self.covers(x) else None
+        # A compiler finds by itself what is computed twice, and a tensor of inference mode does not count its changes.
+        if torch.compiler.is_compiling() or given.is_inference():
+            return pooled_input(x, weights)
+        key = (router_scope, count_padding, x.dtype, x.requires_grad, torch.is_grad_enabled(), given._version)
+        if self._last_pooled is not None:
+            of, last_key, pooled = self._last_pooled
+            if of() is given and last_key == key:
+                return pooled
+        pooled = pooled_input(x, weights)
+        self._last_pooled = weakref.ref(given), key, pooled
+        return pooled
 
     def _normalised(self, positions: Tensor) -> Tensor:
         # An instance without any routed position (its very first token is supervised) falls back to what is attended,
@@ -222,7 +243,7 @@ class ScopedCheckpoint:
 
         output = self.checkpoint(run_in_scope, *args, **kwargs)
         if scope is not None:
-            scope.moments.make()  # now, or they would keep alive what the checkpoint frees
+            scope.statistics.make()  # now, or they would keep alive what the checkpoint frees
         return output
 
 
@@ -254,7 +275,7 @@ def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     _state.scope = scope.outer
     if output is None:  # the forward pass failed
         return None
-    scope.moments.add()
+    scope.statistics.add()
     return scope.balance.add_to(output) if scope.balance.terms else None
 
 

@@ -20,14 +20,13 @@ from torch import Tensor
 POOLS = ("A", "B")
 
 
-def count_choices(usage: Tensor, index_A: Tensor, index_B: Tensor) -> None:
-    """Add one forward pass to `usage` in place, without waiting for the device.
+def choices(core: Tensor) -> Tensor:
+    """How many of B instances chose each factor of pool A and of pool B, read off their cores without waiting.
 
-    `usage` int64 [2, E]: how many instances chose each factor of pool A and of pool B. `index_A`, `index_B` int64
-    [B, r], the factors that each of B instances chose.
+    `core` [..., B, E, E] → int64 [..., 2, E]. A core that is zero (of lora_alpha = 0) has chosen nothing.
     """
-    chosen = torch.stack((index_A.flatten(), index_B.flatten()))
-    usage.scatter_add_(1, chosen, torch.ones_like(chosen))
+    chosen = core != 0
+    return torch.stack([chosen.any(dim=-1), chosen.any(dim=-2)], dim=-3).sum(dim=-2)
 
 
 def usage_entropy(usage: Tensor) -> Tensor:

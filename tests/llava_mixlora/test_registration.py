@@ -42,3 +42,19 @@ def test_importing_the_package_patches_nothing():
         "assert peft.get_peft_model is original and not any(m.split('.')[0] == 'llava' for m in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "version"), [("torch", "2.1.2"), ("peft", "0.17.1")], ids=["torch of LLaVA's metadata", "peft"]
+)
+def test_versions_that_cannot_work_are_named_with_the_remedy(package, version):
+    program = (
+        "import importlib.metadata as m, torch, transformers, peft; real = m.version;"
+        f"m.version = lambda name: '{version}' if name == '{package}' else real(name);"
+        f"torch.__version__ = m.version('torch'); import llava_mixlora.registration"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"ImportError: {package} {version}: expected ") and "pip install" in last

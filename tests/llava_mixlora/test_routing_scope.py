@@ -1,6 +1,7 @@
 """Which positions decide a route, and which routes a generation keeps, in a whole Llama."""
 
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import DynamicCache
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraConfig, MixLoraError, routing_scope
 from llava_mixlora.routing_scope import (
     IGNORE_INDEX,
     RoutingScope,
@@ -517,3 +518,43 @@ def test_cache_of_an_unknown_kind_is_no_error():
     output = model(inputs_embeds=torch.randn(2, 3, 4))
     model(inputs_embeds=torch.randn(2, 1, 4), past_key_values=output.past_key_values)
     assert current_scope() is None
+
+
+# --- layers that are given the same tensor
+
+
+def test_layers_with_the_same_input_share_its_average(llama, monkeypatch):
+    model, counted = adapt(llama), []
+    pooled_input = routing_scope.pooled_input
+
+    def count(x, weights):
+        counted.append(x)
+        return pooled_input(x, weights)
+
+    monkeypatch.setattr(routing_scope, "pooled_input", count)
+    expected = model(input_ids=PROMPTS[2]).logits
+    assert len(counted) == 2 * 4  # q, k and v; o; gate and up; down
+    monkeypatch.setattr(weakref, "ref", lambda x: lambda: None)  # nobody is recognised
+    assert torch.equal(model(input_ids=PROMPTS[2]).logits, expected)
+    assert len(counted) == 2 * 4 + 14
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_average_of_a_tensor_that_has_changed_is_made_anew(inference):
+    scope = RoutingScope((1, 3), attended=torch.tensor([[True, True, False]]))
+    with torch.inference_mode(inference):
+        x = torch.randn(1, 3, 4)
+        for options in [("prompt", False), ("prompt", True), ("sequence", False)]:
+            positions = 3 if options[1] else 2
+            torch.testing.assert_close(scope.pooled(x, *options, given=x), x[:, :positions].mean(dim=1))
+        x.add_(1)
+        for each in (x, x * 2):
+            torch.testing.assert_close(scope.pooled(each, *options, given=each), each[:, :2].mean(dim=1))
+
+
+def test_average_that_was_made_without_a_graph_is_not_taken_for_training():
+    scope, x = RoutingScope((1, 3)), torch.randn(1, 3, 4, requires_grad=True)
+    with torch.no_grad():
+        scope.pooled(x, "prompt", False, given=x)
+    assert scope.pooled(x, "prompt", False, given=x).requires_grad
+    assert not scope.pooled(x.detach(), "prompt", False, given=x).requires_grad

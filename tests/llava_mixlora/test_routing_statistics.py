@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from llava_mixlora import MixLoraConfig
+from llava_mixlora.mixture import Route, core
 from llava_mixlora.routing_statistics import (
-    count_choices,
+    choices,
     dead_share,
     router_entropy,
     usage_balance,
@@ -85,13 +86,12 @@ def test_figures_stay_in_their_documented_ranges(counts):
 
 
 @given(st.integers(0, 5), st.integers(1, 6), st.integers(0, 2**16))
-def test_counting_adds_every_choice(B, r, seed):
+def test_every_choice_is_read_off_the_cores(B, r, seed):
     generator = torch.Generator().manual_seed(seed)
     index_A, index_B = (torch.rand(B, 6, generator=generator).topk(r).indices for _ in range(2))
-    counts = torch.ones(2, 6, dtype=torch.int64)
-    count_choices(counts, index_A, index_B)
+    counts = choices(core(Route(index_A, index_B, None, None), 6, -0.5, False, torch.bfloat16))
     for e in range(6):
-        assert counts[:, e].tolist() == [1 + (index_A == e).sum(), 1 + (index_B == e).sum()]
+        assert counts[:, e].tolist() == [(index_A == e).sum(), (index_B == e).sum()]
 
 
 # --- when a layer counts

@@ -10,10 +10,10 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig, training_moments
+from llava_mixlora import MixLoraConfig, training_statistics
 from llava_mixlora.mixture import core
 from llava_mixlora.static_core import instance_moments
-from llava_mixlora.training_moments import TrainingMoments
+from llava_mixlora.training_statistics import Statistics, TrainingStatistics
 
 from ..tiny import layers, random_ids, randomise
 
@@ -30,6 +30,10 @@ def adapt(model, **options):
 def moments(model, adapter="default"):
     """[layers, 4, E, E]"""
     return torch.stack([torch.stack(list(layer.moments(adapter))) for layer in layers(model).values()]).clone()
+
+
+def fresh_statistics(size):
+    return Statistics(torch.zeros(2, size, dtype=torch.int64), torch.zeros(4, size, size, dtype=torch.int64))
 
 
 def train(model, seed=0, rows=3, mask=None):
@@ -100,10 +104,10 @@ def test_autocast_sums_in_float64(llama):
     torch.testing.assert_close(found[0, 1], expected[0, 1], atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("most_numbers", [1, 500, training_moments.MOST_NUMBERS])
+@pytest.mark.parametrize("most_numbers", [1, 500, training_statistics.MOST_NUMBERS])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_forward_that_fails_counts_in_no_layer(llama, monkeypatch, error, most_numbers):
-    monkeypatch.setattr(training_moments, "MOST_NUMBERS", most_numbers)
+    monkeypatch.setattr(training_statistics, "MOST_NUMBERS", most_numbers)
     model = adapt(llama)
     expected = summed_by_hand(model)
 
@@ -157,31 +161,31 @@ def test_adapters_of_different_sizes_sum_as_each_does_alone(llama):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_many_layers_of_several_shapes_sum_as_each_does_alone(autocast):
     """One of them twice, as a layer that is run twice notes it; autocast around the model does not reach the sums."""
-    generator, noted = torch.Generator().manual_seed(0), TrainingMoments()
+    generator, noted = torch.Generator().manual_seed(0), TrainingStatistics()
     found, expected = {}, {}
     for number in [*range(20), 0]:
         instances, positions, size = 1 + number % 3, 5 + number % 5, 2 + number % 2
         z = torch.randn(instances, positions, size, generator=generator, requires_grad=True)
         core = torch.randn(instances, size, size, generator=generator, requires_grad=True)
         attended = torch.rand(instances, positions, generator=generator) < 0.7 if number % 2 else None
-        total = found.setdefault(number, torch.ones(4, size, size, dtype=torch.float64))
+        total = found.setdefault(number, fresh_statistics(size))
         noted.note(total, z, core, attended)
-        expected[number] = expected.get(number, 1) + instance_moments(z, core, attended).detach()
+        expected[number] = expected.get(number, 0) + instance_moments(z, core, attended).detach()
     for _ in range(2):  # what has been added is not added again
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             noted.add()
         for number, total in found.items():
-            torch.testing.assert_close(total, expected[number])
-            assert not total.requires_grad
+            torch.testing.assert_close(total.moments.view(torch.float64), expected[number])
+            assert (total.usage == (2 if number == 0 else 1 + number % 3)).all()
 
 
 def test_memory_of_what_waits_is_bounded(monkeypatch):
-    monkeypatch.setattr(training_moments, "MOST_NUMBERS", 3 * (10 * E + E * E))
-    noted, alive = TrainingMoments(), weakref.WeakSet()
+    monkeypatch.setattr(training_statistics, "MOST_NUMBERS", 3 * (10 * E + E * E))
+    noted, alive = TrainingStatistics(), weakref.WeakSet()
     for _ in range(20):
         z = torch.randn(1, 10, E)
         alive.add(z)
-        noted.note(torch.zeros(4, E, E, dtype=torch.float64), z, torch.randn(1, E, E), None)
+        noted.note(fresh_statistics(E), z, torch.randn(1, E, E), None)
         del z
         assert len(alive) < 3
 
@@ -189,14 +193,14 @@ def test_memory_of_what_waits_is_bounded(monkeypatch):
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING[1:], ids=["reentrant", "non-reentrant"])
 def test_what_a_checkpoint_frees_does_not_wait(llama, monkeypatch, checkpointing):
     model, alive, counted = adapt(llama), weakref.WeakSet(), []
-    note = TrainingMoments.note
+    note = TrainingStatistics.note
 
     def watch(self, total, z, *others):
         alive.add(z)
         counted.append(len(alive))
         note(self, total, z, *others)
 
-    monkeypatch.setattr(TrainingMoments, "note", watch)
+    monkeypatch.setattr(TrainingStatistics, "note", watch)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     train(model)

@@ -1,4 +1,4 @@
-"""What a training forward pass adds to the moments of its layers, made for many layers at once.
+"""What a training forward pass adds to the statistics of its layers, made for many layers at once.
 
 The moments are sums of small matrices. On a small model their operations cost less than starting them from within a
 layer, between large operations that leave the processor's caches cold. So a layer only hands over its z and its cores,
@@ -17,23 +17,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .routing_statistics import choices
 from .static_core import instance_grams, summed_moments
 
 MOST_NUMBERS = 2**23
 """In z and cores together, before moments are made of them."""
 
 
-class _Pass(NamedTuple):
-    """One layer's forward pass: z [B, S, E], cores [B, E, E], attended [B, S], and its total, float64 [4, E, E]."""
+class Statistics(NamedTuple):
+    """What a layer sums for an adapter: `usage` int64 [2, E], and `moments` [4, E, E], the bits of float64 numbers."""
 
-    total: Tensor
+    usage: Tensor
+    moments: Tensor
+
+
+class _Pass(NamedTuple):
+    """One layer's forward pass: z [B, S, E], cores [B, E, E], attended [B, S], and what it will be added to."""
+
+    total: Statistics
     z: Tensor
     cores: Tensor
     attended: Tensor | None
 
 
-class TrainingMoments:
-    """The moments of one forward pass of a model, until they are added to the totals of its layers.
+class TrainingStatistics:
+    """The statistics of one forward pass of a model, until they are added to the totals of its layers.
 
     A forward pass that fails is never added, so it counts in all of its layers or in none.
     """
@@ -41,15 +49,15 @@ class TrainingMoments:
     def __init__(self) -> None:
         self._waiting: list[_Pass] = []
         self._numbers = 0
-        self._made: list[tuple[Tensor, Tensor]] = []  # totals, and what is to be added to them
+        self._made: list[tuple[Statistics, Statistics]] = []  # totals, and what is to be added to them
 
     @property
     def made_bytes(self) -> int:
-        """What moments take that have been made and not yet added."""
-        return sum(moments.nbytes for _, moments in self._made)
+        """What statistics take that have been made and not yet added."""
+        return sum(tensor.nbytes for _, made in self._made for tensor in made)
 
-    def note(self, total: Tensor, z: Tensor, cores: Tensor, attended: Tensor | None) -> None:
-        """Take a layer's part of the forward pass; `total`, float64 [4, E, E], is what it will be added to.
+    def note(self, total: Statistics, z: Tensor, cores: Tensor, attended: Tensor | None) -> None:
+        """Take a layer's part of the forward pass, which will be added to `total`.
 
         `z`, `cores` and `attended` are those of `static_core.instance_moments`.
         """
@@ -60,20 +68,28 @@ class TrainingMoments:
 
     @torch.no_grad()
     def make(self) -> None:
-        """Make the moments of the layers that wait, and let go of their z and cores."""
+        """Make the statistics of the layers that wait, and let go of their z and cores."""
         alike: dict[tuple[torch.Size, torch.device], list[_Pass]] = {}
         for waiting in self._waiting:
             alike.setdefault((waiting.cores.shape, waiting.cores.device), []).append(waiting)
         for (_, device), passes in alike.items():
             with torch.autocast(device.type, enabled=False):
                 grams = torch.stack([instance_grams(each.z, each.attended) for each in passes])
-                moments = summed_moments(grams, torch.stack([each.cores for each in passes]))
-            self._made += [(each.total, of_layer) for each, of_layer in zip(passes, moments)]
+                cores = torch.stack([each.cores for each in passes])
+                made = zip(choices(cores), summed_moments(grams, cores))
+            self._made += [(each.total, Statistics(*of_layer)) for each, of_layer in zip(passes, made)]
         self._waiting, self._numbers = [], 0
 
     def add(self) -> None:
         """Add the forward pass to the totals, and forget it."""
         self.make()
-        for total, moments in self._made:
-            total.add_(moments)
-        self._made = []
+        while self._made:
+            # A layer that has run twice comes up twice, and must not be added to by two at once.
+            now = {id(total.usage): (total, made) for total, made in self._made}
+            rest = [(total, made) for total, made in self._made if now[id(total.usage)][1] is not made]
+            totals, made = zip(*now.values())
+            torch._foreach_add_([total.usage for total in totals], [each.usage for each in made])
+            torch._foreach_add_(
+                [total.moments.view(torch.float64) for total in totals], [each.moments for each in made]
+            )
+            self._made = rest
