@@ -19,8 +19,8 @@ from llava_mixlora.loading import load_for_inference
 from llava_mixlora.questions import Question, read_questions
 from playground.answers import CONVERSATION, LONGEST_ANSWER
 from playground.atomic import write_json
-from playground.benchmark import machine
 from playground.embedded_default import HELDOUT, HERE, IMAGES
+from playground.measuring import machine
 
 ONE_BY_ONE = 1
 

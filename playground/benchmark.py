@@ -1,7 +1,8 @@
 """What MixLoRA costs beside LoRA: every variant in one process, taking turns; medians, and ratios within a round.
 
     python -m playground.benchmark layer|decode|train|all [--rounds 15] [--output playground/results/benchmark_cpu.json]
-    python -m playground.benchmark show     # the stored figures as the Markdown table of the README
+    python -m playground.benchmark gpu      # a LLaVA of 7B parameters on a GPU: see playground/benchmark_gpu.py
+    python -m playground.benchmark show     # the stored figures as the Markdown tables of the README
 
 `layer`: one linear layer, forward and backward, with the bytes that autograd keeps and the peak of allocated memory.
 `decode`: one token through a Llama with a key-value cache. `train`: one whole training step of the playground's LLaVA
@@ -11,59 +12,72 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import statistics
-import time
+import sys
 from collections.abc import Callable
 from functools import partial
-from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig
+from llava_mixlora import MixLoraError
 from llava_mixlora.calibration import training_data
 from llava_mixlora.loading import load_for_inference
 from llava_mixlora.preflight import read_conversations
+from playground import benchmark_gpu
+from playground.atomic import write_json
+from playground.measuring import machine, peak_bytes, take_turns
+from playground.variants import FROZEN, MATERIALISED, MIXLORA, POOLS, REFERENCE, MaterialisedUpdate, adapters
 
 HERE = Path(__file__).parent
 INSTANCES = 4
 LAYER_SHAPES = ((2048, 2048, 256), (2048, 5504, 256), (4096, 4096, 128))  # d_in, d_out, positions
-POOLS = ((16, 4), (64, 8))  # E, r
-LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Results = list[dict[str, Any]]
 
 
-def main() -> None:
-    """Command line: run, print a table, and merge the figures into the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=[*BENCHMARKS, "all", "show"], help="which benchmark; show: the stored figures")
-    parser.add_argument("--rounds", type=int, default=15, help="timed rounds after three to warm up (default: 15)")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "benchmark_cpu.json", help="JSON to update")
+def main() -> int:
+    """Command line: run, print a table, and merge the figures into a JSON file; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m playground.benchmark", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="what", required=True, metavar="{layer,decode,train,all,gpu,show}")
+    for name in (*BENCHMARKS, "all"):
+        command = commands.add_parser(name, help="all three" if name == "all" else BENCHMARKS[name].__doc__)
+        command.add_argument("--rounds", type=int, default=15, help="timed rounds after three to warm up (default: 15)")
+        command.add_argument("--output", type=Path, default=RESULTS, help="JSON to update (default: %(default)s)")
+        command.set_defaults(run=run)
+    benchmark_gpu.add_arguments(commands)
+    command = commands.add_parser("show", help="the stored figures as the tables of the README")
+    command.set_defaults(run=show)
     arguments = parser.parse_args()
+    try:
+        arguments.run(arguments)
+    except MixLoraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the benchmarks that take a CPU, and put their figures into the file beside those of the others."""
     stored = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
-    if arguments.what == "show":
-        print(markdown(stored))
-        return
     for name in BENCHMARKS if arguments.what == "all" else [arguments.what]:
-        stored[name] = {
-            "machine": machine(),
-            "rounds": arguments.rounds,
-            "results": BENCHMARKS[name](arguments.rounds),
-        }
-        print(f"\n{name}\n{table(stored[name]['results'])}")
+        results = BENCHMARKS[name](arguments.rounds)
+        stored[name] = {"machine": machine(), "rounds": arguments.rounds, "results": results}
+        print(f"\n{name}\n{table(results)}")
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.output, stored)
     print(f"\nwritten to {arguments.output}")
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Print every stored table."""
+    if RESULTS.is_file():
+        print(markdown(json.loads(RESULTS.read_text(encoding="utf-8"))))
+    benchmark_gpu.show()
 
 
 def layer(rounds: int) -> Results:
@@ -75,7 +89,7 @@ def layer(rounds: int) -> Results:
             variants = _layer_variants(d_in, d_out, E, r)
 
             steps = {name: partial(_step, module, x) for name, module in variants.items()}
-            times = _take_turns(steps, rounds, f"{d_in}x{d_out}, E={E}")
+            times = take_turns(steps, rounds, REFERENCE, f"{d_in}x{d_out}, E={E}")
             for name, module in variants.items():
                 results.append(
                     {
@@ -98,7 +112,7 @@ def decode(rounds: int) -> Results:
     prompt, token = torch.randint(0, 1000, (INSTANCES, 64)), torch.randint(0, 1000, (INSTANCES, 1))
     for E, r in POOLS:
         steps = {}
-        for name, adapter in _adapters(E, r).items():
+        for name, adapter in adapters(E, r).items():
             torch.manual_seed(0)
             model = LlamaForCausalLM(config).eval()
             model = model if adapter is None else get_peft_model(model, adapter).eval()
@@ -111,7 +125,7 @@ def decode(rounds: int) -> Results:
                 cache.crop(-1)  # the token is forgotten, so that every round decodes the same position
 
             steps[name] = step
-        times = _take_turns(steps, 4 * rounds, f"decode, E={E}")
+        times = take_turns(steps, 4 * rounds, REFERENCE, f"decode, E={E}")
         results += [{"case": f"decode, E={E}, r={r}", "variant": name, **values} for name, values in times.items()]
     return results
 
@@ -122,7 +136,7 @@ def train(rounds: int) -> Results:
 
     patches.apply()
     steps = {}
-    for name, adapter in _adapters(16, 4).items():
+    for name, adapter in adapters(16, 4).items():
         if adapter is None:
             continue  # a frozen model has no training step
         model, batch = _playground_model(adapter)
@@ -134,32 +148,13 @@ def train(rounds: int) -> Results:
             optimizer.zero_grad(set_to_none=True)
 
         steps[name] = step
-    times = _take_turns(steps, rounds, "training step")
+    times = take_turns(steps, rounds, REFERENCE, "training step")
     case = "training step, playground LLaVA, batch 48, E=16, r=4"
     return [{"case": case, "variant": name, **values} for name, values in times.items()]
 
 
+RESULTS = HERE / "results" / "benchmark_cpu.json"
 BENCHMARKS: dict[str, Callable[[int], Results]] = {"layer": layer, "decode": decode, "train": train}
-REFERENCE = "LoRA r=E"
-
-
-class MaterialisedUpdate(nn.Module):
-    """The same update by its definition: ΔW [B, d_out, d_in] is built for every instance, then applied.
-
-    Routes are drawn once: only the update is compared.
-    """
-
-    def __init__(self, base_layer: nn.Linear, num_factors: int, r: int) -> None:
-        super().__init__()
-        self.base_layer, self.scaling = base_layer, 32 / r
-        self.A = nn.Parameter(torch.randn(num_factors, base_layer.in_features) / base_layer.in_features**0.5)
-        self.B = nn.Parameter(torch.zeros(num_factors, base_layer.out_features))
-        self.routes = torch.rand(2, INSTANCES, num_factors).topk(r).indices
-
-    def forward(self, x: Tensor) -> Tensor:
-        chosen_A, chosen_B = self.A[self.routes[0]], self.B[self.routes[1]]  # [B, r, d_in], [B, r, d_out]
-        delta = self.scaling * torch.bmm(chosen_B.transpose(1, 2), chosen_A)
-        return self.base_layer(x) + torch.bmm(x, delta.transpose(1, 2))
 
 
 def table(results: Results) -> str:
@@ -176,7 +171,7 @@ def table(results: Results) -> str:
 
 def markdown(stored: dict[str, Any]) -> str:
     """The contents of the JSON file as a Markdown table: a line per case, times and bytes in units of LoRA r=E's."""
-    variants = ["frozen base", "LoRA r", "MixLoRA ifs", "MixLoRA ifs_cfs", "materialised"]
+    variants = [FROZEN, "LoRA r", *MIXLORA, MATERIALISED]
     lines = [
         f"| case | {REFERENCE} | {' | '.join(variants)} | ifs_cfs: saved | ifs_cfs: peak |",
         "| --- |" + " --- |" * (len(variants) + 3),
@@ -196,17 +191,6 @@ def markdown(stored: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _adapters(E: int, r: int) -> dict[str, Any]:
-    common = {"target_modules": LINEAR_LAYERS, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
-    return {
-        "frozen base": None,
-        "LoRA r": LoraConfig(r=r, **common),
-        REFERENCE: LoraConfig(r=E, **common),
-        "MixLoRA ifs": MixLoraConfig(r=r, num_factors=E, routing="ifs", **common),
-        "MixLoRA ifs_cfs": MixLoraConfig(r=r, num_factors=E, routing="ifs_cfs", **common),
-    }
-
-
 def _layer_variants(d_in: int, d_out: int, E: int, r: int) -> dict[str, nn.Module]:
     class OneLayer(nn.Module):
         def __init__(self) -> None:
@@ -218,11 +202,11 @@ def _layer_variants(d_in: int, d_out: int, E: int, r: int) -> dict[str, nn.Modul
             return self.q_proj(x)
 
     variants: dict[str, nn.Module] = {}
-    for name, adapter in _adapters(E, r).items():
+    for name, adapter in adapters(E, r).items():
         if adapter is not None:
             adapter.task_type, adapter.target_modules = None, {"q_proj"}
         variants[name] = OneLayer() if adapter is None else get_peft_model(OneLayer(), adapter)
-    return {**variants, "materialised": MaterialisedUpdate(OneLayer().q_proj, E, r)}
+    return {**variants, MATERIALISED: MaterialisedUpdate(OneLayer().q_proj, E, r, INSTANCES)}
 
 
 def _playground_model(adapter: Any) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -236,30 +220,6 @@ def _playground_model(adapter: Any) -> tuple[nn.Module, dict[str, Tensor]]:
     for parameter in model.get_model().mm_projector.parameters():
         parameter.requires_grad = True  # upstream's LoRA runs train the projector too
     return model, batch
-
-
-def _take_turns(steps: dict[str, Callable[[], None]], rounds: int, title: str) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each step, and the median of its ratios to the reference's step of the same round.
-
-    A slow spell of the machine is longer than a round, so it hits both sides of a ratio. The order of the steps turns
-    by one each round: none follows the same other step, and its leavings in the processor's caches, every time.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    warm_up, names = 3, list(steps)
-    for number in tqdm(range(warm_up + rounds), desc=title, unit="round"):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            started = time.perf_counter()
-            steps[name]()
-            if number >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
-    return {
-        name: {
-            "milliseconds": round(1000 * statistics.median(values), 3),
-            "milliseconds_ratio": round(statistics.median(map(truediv, values, seconds[REFERENCE])), 3),
-        }
-        for name, values in seconds.items()
-    }
 
 
 def _saved_bytes(module: nn.Module, x: Tensor) -> int:
@@ -291,19 +251,9 @@ def _forget_gradients(module: nn.Module, x: Tensor) -> None:
 
 
 def _peak_bytes(module: nn.Module, x: Tensor) -> int:
-    """The highest sum of allocations minus frees during a step, by the allocator's own events.
-
-    It holds the activations, what the backward pass needs for a moment, and the gradients of x and of all parameters.
-    """
+    """What a step allocates at most: activations, what the backward pass needs for a moment, and all gradients."""
     _forget_gradients(module, x)  # before, or freeing the last step's would count against this one
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        module(x).sum().backward()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return peak_bytes(lambda: module(x).sum().backward(), x.device)
 
 
 def _with_ratios(results: Results, keys: tuple[str, ...]) -> Results:
@@ -314,16 +264,5 @@ def _with_ratios(results: Results, keys: tuple[str, ...]) -> Results:
     return results
 
 
-def machine() -> dict[str, Any]:
-    """What a result was measured on, and when."""
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return {
-        "date": datetime.date.today().isoformat(),
-        "processor": model.partition(":")[2].strip() or platform.processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-    }
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

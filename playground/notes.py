@@ -18,6 +18,11 @@ class Notes:
         stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self.taken: dict[str, Any] = stored["taken"] if stored.get("settings") == settings else {}
 
+    @classmethod
+    def read(cls, file: Path) -> Notes:
+        """The measurements in an existing file, whatever their settings."""
+        return cls(file, json.loads(file.read_text(encoding="utf-8"))["settings"])
+
     def has(self, *names: str) -> bool:
         """Whether all of these have been measured."""
         return all(name in self.taken for name in names)

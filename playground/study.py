@@ -34,10 +34,11 @@ from peft import LoraConfig, PeftConfig
 from tqdm import tqdm
 
 from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora.model import LLAMA_LINEAR_LAYERS
 from llava_mixlora.preflight import read_conversations
 from playground.atomic import write_json
-from playground.benchmark import LINEAR_LAYERS, machine
 from playground.embedded_default import HELDOUT, HERE, IMAGES, MADE_FROM, TRAIN, prepare_base
+from playground.measuring import machine
 from playground.notes import Notes
 from playground.short_training import Items, TinyLlava, accuracy, drawn, train
 
@@ -86,10 +87,10 @@ class Cell:
     def config(self) -> PeftConfig:
         """The adapter's configuration; `lora_alpha` is twice the number of factors, the authors' ratio."""
         if self.method != "MixLoRA":
-            return LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=LINEAR_LAYERS)
+            return LoraConfig(r=self.r, lora_alpha=2 * self.r, target_modules=LLAMA_LINEAR_LAYERS)
         given = {name: value for name, value in asdict(self).items() if name.startswith("rout") and value}
         return MixLoraConfig(
-            r=self.r, num_factors=FACTORS, lora_alpha=2 * FACTORS, target_modules=LINEAR_LAYERS, **given
+            r=self.r, num_factors=FACTORS, lora_alpha=2 * FACTORS, target_modules=LLAMA_LINEAR_LAYERS, **given
         )
 
 

@@ -52,7 +52,7 @@ def build(data_dir: Path, tower_dir: Path, tokenizer_dir: Path, output_dir: Path
         _copy_tokenizer(tokenizer_dir, folder)
 
 
-def train(flags: dict[str, object], extra: list[str] | None = None) -> None:
+def train(flags: dict[str, object], extra: list[str] | None = None, module: str = "llava.train.train") -> None:
     """Run upstream's training through the plugin in a process of its own; `flags` and `extra` are its arguments.
 
     Raises:
@@ -78,7 +78,7 @@ def train(flags: dict[str, object], extra: list[str] | None = None) -> None:
         "dataloader_pin_memory": False,
     }
     arguments = [f"--{name}={value}" for name, value in {**common, **flags}.items()]
-    command = [sys.executable, "-m", "llava_mixlora", "run", "-m", "llava.train.train", *arguments, *(extra or [])]
+    command = [sys.executable, "-m", "llava_mixlora", "run", "-m", module, *arguments, *(extra or [])]
     subprocess.run(command, check=True)
 
 

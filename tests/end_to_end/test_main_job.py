@@ -18,6 +18,7 @@ SCRIPT = ROOT / "scripts" / "finetune_mixlora.sh"
 QLORA_SCRIPT = ROOT / "scripts" / "finetune_mixlora_qlora.sh"
 MERGE_SCRIPT = ROOT / "scripts" / "merge_mixlora.sh"
 EVAL_SCRIPT = ROOT / "scripts" / "eval_mixlora.sh"
+GPU_SCRIPT = ROOT / "scripts" / "benchmark_gpu.sh"
 MME_SCRIPT = ROOT / "scripts" / "eval_mme.sh"
 TASKS = 12
 ONE_STEP = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
@@ -322,3 +323,27 @@ def test_help_of_the_qlora_script_explains_both():
     done = subprocess.run(["bash", str(QLORA_SCRIPT), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "4-bit weights" in done.stdout and "ROUTING" in done.stdout and "OUTPUT_DIR" in done.stdout
+
+
+# --- scripts/benchmark_gpu.sh
+
+
+def test_everything_that_a_gpu_measures_can_be_tried_without_one(finished):
+    place, _ = finished
+    output = place / "llava-mixlora-gpu"
+    done = finetune(place, script=GPU_SCRIPT, OUTPUT_DIR=str(output))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = {file.stem: json.loads(file.read_text()) for file in (output / "results").iterdir()}
+    assert set(found) == {"benchmark_gpu", "qlora_gpu", "attention_gpu"}
+    assert len(found["benchmark_gpu"]["taken"]) == 4
+    assert len(found["qlora_gpu"]["tasks"]) == TASKS
+    assert len(found["attention_gpu"]["losses"]["train_mem"]) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_measuring_a_gpu_needs_one(tmp_path):
+    done = finetune(tmp_path, script=GPU_SCRIPT, TRIAL="")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: PyTorch sees no CUDA GPU")
+    done = finetune(tmp_path, "sped", script=GPU_SCRIPT)
+    assert done.returncode == 1 and done.stderr == "error: sped: expected one of speed qlora attention\n"
