@@ -256,7 +256,8 @@ def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     sequence = inputs.get("input_ids") if sequence is None else sequence
     scope = RoutingScope(held=_held_cores(inputs.get("past_key_values")))
     if isinstance(sequence, Tensor) and sequence.ndim >= 2:
-        scope.set_positions(*_positions(sequence.shape[:2], inputs.get("attention_mask"), inputs.get("labels")))
+        mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+        scope.set_positions(*_positions(sequence.shape[:2], mask, inputs.get("labels"), cache))
     if trains:
         scope.trains, scope.balance = True, BalanceLoss(_share_of_loss(inputs))
     scope.model, scope.outer = model, _state.scope
@@ -311,13 +312,33 @@ def _identity(cache: Any) -> Cache | Tensor | None:
 
 
 def _positions(
-    shape: tuple[int, int], attention_mask: Any, labels: Any
+    shape: tuple[int, int], attention_mask: Any, labels: Any, cache: Any = None
 ) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
     instances, length = shape
     attended = prompt = None
+    if isinstance(attention_mask, dict):  # by kind of attention, which differ in what is near, not in what is padding
+        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
         # With a cache the mask also covers the positions before this forward's own.
         attended = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and length > 1:
+        begin = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        attended = _not_padding(attention_mask, begin, length)
     if isinstance(labels, Tensor) and tuple(labels.shape) == (instances, length):
         prompt = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
     return (instances, length), attended, prompt
+
+
+def _not_padding(mask: Tensor, begin: int, length: int) -> Tensor | None:
+    """What a mask of queries and keys [B, 1 or heads, S, keys] tells of the queries, bool [B, S].
+
+    transformers makes such masks for caches of a fixed length, `begin` being the key of the first query. They are true,
+    or zero, where a query attends to a key. Padding does not attend to itself, or, since some attention kernels fail
+    on a query without any key, to all keys, those that come after it too.
+    """
+    if mask.shape[2] != length or mask.shape[3] < begin + length:
+        return None
+    attends = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    attended = attends[:, :, begin : begin + length].diagonal(dim1=1, dim2=2).clone()
+    attended[:, :-1] &= ~attends[:, :-1].all(dim=-1)
+    return attended

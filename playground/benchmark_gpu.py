@@ -233,6 +233,11 @@ def _quantize(layers: nn.Module, device: torch.device) -> None:
                 setattr(parent, name, stored.to(device))
 
 
+def is_quantized(llava: nn.Module) -> bool:
+    """Whether the decoder's weights are 4-bit ones."""
+    return any(hasattr(parameter, "quant_state") for parameter in llava.model.layers.parameters())
+
+
 def sharing_copy(llava: nn.Module) -> nn.Module:
     """A model of its own around the same base weights; the projector, which trains, is copied."""
     own = set(llava.get_model().mm_projector.parameters())
@@ -320,7 +325,17 @@ def _trainable(
     owner = model if name == MATERIALISED else model.get_base_model()
     owner.get_model().mm_projector.requires_grad_(True)  # upstream's LoRA runs train the projector too
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, torch.optim.AdamW(trained, lr=1e-4, fused=trained[0].device.type == "cuda")
+    return model, _optimizer(trained, is_quantized(llava))
+
+
+def _optimizer(trained: list[nn.Parameter], quantized: bool) -> torch.optim.Optimizer:
+    """AdamW, beside 4-bit weights with its state in 8 bits, as QLoRA does; bitsandbytes has that for GPUs only."""
+    on_gpu = trained[0].device.type == "cuda"
+    if quantized and on_gpu:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(trained, lr=1e-4)
+    return torch.optim.AdamW(trained, lr=1e-4, fused=on_gpu)
 
 
 def _materialise(model: nn.Module, E: int, r: int, instances: int) -> None:

@@ -1,12 +1,12 @@
 """Which positions decide a route, and which routes a generation keeps, in a whole Llama."""
 
 import threading
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model, inject_adapter_in_model
@@ -422,6 +422,51 @@ def test_manual_decoding_lets_the_model_make_the_cache(llama):
     assert torch.equal(torch.cat(tokens, 1), greedy(model, PROMPTS[2:3]))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_cache_of_a_fixed_length_gives_the_same_tokens(llama, attention):
+    """For which transformers makes a mask of queries and keys out of the padding."""
+    if not hasattr(transformers, "StaticCache"):
+        pytest.skip("transformers 4.37 has no such cache")
+    llama.config._attn_implementation = attention
+    model = adapt(llama)
+    for prompts in (PROMPTS[:3], PROMPTS[3:6]):
+        assert torch.equal(greedy(model, prompts, cache_implementation="static"), greedy(model, prompts))
+
+
+def test_compiled_generation_gives_the_same_tokens(llama):
+    """What transformers does on a GPU with a cache of a fixed length, where it captures CUDA graphs too."""
+    try:
+        from transformers.generation import CompileConfig
+    except ImportError:
+        pytest.skip("transformers 4.37 does not compile generation")
+    compiled = CompileConfig(backend="aot_eager", mode=None)
+    compiled._compile_all_devices = True  # transformers leaves the CPU out
+    options = {"cache_implementation": "static", "compile_config": compiled}
+    model = adapt(llama)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for prompts in (PROMPTS[:3], PROMPTS[3:6]):  # the second generation takes the graph of the first, and other routes
+        assert torch.equal(greedy(model, prompts, **options), greedy(model, prompts))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("begin, opened", [(0, False), (0, True), (2, False)])
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5).filter(any), min_size=1, max_size=3), st.integers(0, 3))
+def test_mask_of_queries_and_keys_tells_what_is_padding(dtype, begin, opened, real, spare):
+    """`begin` keys were there before, `spare` are still unused; `opened`: no query is left without a key."""
+    real = torch.tensor(real)
+    keys = nn.functional.pad(real, (begin, spare), value=True)
+    attends = torch.ones(5, begin + 5 + spare, dtype=torch.bool).tril(begin) & keys[:, None, :]
+    if opened:
+        attends |= ~attends.any(dim=-1, keepdim=True)
+    mask = attends if dtype == torch.bool else torch.zeros(attends.shape).masked_fill(~attends, -1e30)
+    cache = DynamicCache()
+    if begin:
+        cache.update(torch.zeros(len(real), 1, begin, 4), torch.zeros(len(real), 1, begin, 4), 0)
+    assert torch.equal(routing_scope._positions((len(real), 5), mask[:, None], None, cache)[1], real)
+
+
 def test_injected_adapter_generates_the_same_cached(_llama, llama, copy_of):
     config = MixLoraConfig(r=2, num_factors=6, lora_alpha=8)
     injected = randomise(inject_adapter_in_model(config, copy_of(_llama))).eval()
@@ -534,7 +579,7 @@ def test_layers_with_the_same_input_share_its_average(llama, monkeypatch):
     monkeypatch.setattr(routing_scope, "pooled_input", count)
     expected = model(input_ids=PROMPTS[2]).logits
     assert len(counted) == 2 * 4  # q, k and v; o; gate and up; down
-    monkeypatch.setattr(weakref, "ref", lambda x: lambda: None)  # nobody is recognised
+    monkeypatch.setattr(routing_scope, "weakref", SimpleNamespace(ref=lambda x: lambda: None))  # nobody is recognised
     assert torch.equal(model(input_ids=PROMPTS[2]).logits, expected)
     assert len(counted) == 2 * 4 + 14
 
