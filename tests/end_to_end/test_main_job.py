@@ -258,6 +258,12 @@ def test_bad_arguments_are_one_line_before_anything_is_built(tmp_path, words, na
     assert "Traceback" not in done.stderr and not (tmp_path / "cache" / "data").exists()
 
 
+def test_language_model_that_nobody_knows_is_one_line(tmp_path):
+    done = finetune(tmp_path, LANGUAGE_MODEL="gpt2")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: LANGUAGE_MODEL=gpt2: expected tiny or smollm2; for a model of yours set MODEL\n"
+
+
 def test_output_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = finetune(tmp_path, OUTPUT_DIR=str(tmp_path / "file" / "llava-v1-out"))
@@ -328,15 +334,15 @@ def test_help_of_the_qlora_script_explains_both():
 # --- scripts/benchmark_gpu.sh
 
 
-def test_everything_that_a_gpu_measures_can_be_tried_without_one(finished):
+def test_what_a_gpu_measures_can_be_tried_without_one(finished):
     place, _ = finished
     output = place / "llava-mixlora-gpu"
-    done = finetune(place, script=GPU_SCRIPT, OUTPUT_DIR=str(output))
+    done = finetune(place, "speed", "qlora", "attention", script=GPU_SCRIPT, OUTPUT_DIR=str(output))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = {file.stem: json.loads(file.read_text()) for file in (output / "results").iterdir()}
     assert set(found) == {"benchmark_gpu", "qlora_gpu", "attention_gpu"}
     assert len(found["benchmark_gpu"]["taken"]) == 4
-    assert len(found["qlora_gpu"]["tasks"]) == TASKS
+    assert len(found["qlora_gpu"]["tasks"]) == TASKS and found["qlora_gpu"]["machine"]["device"]
     assert len(found["attention_gpu"]["losses"]["train_mem"]) == 2
 
 
@@ -346,4 +352,4 @@ def test_measuring_a_gpu_needs_one(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: PyTorch sees no CUDA GPU")
     done = finetune(tmp_path, "sped", script=GPU_SCRIPT)
-    assert done.returncode == 1 and done.stderr == "error: sped: expected one of speed qlora attention\n"
+    assert done.returncode == 1 and done.stderr == "error: sped: expected one of speed qlora attention smollm2\n"

@@ -370,6 +370,21 @@ def test_quantized_base_layer_is_only_called(kind):
     assert not any(p.requires_grad for n, p in model.named_parameters() if "base_layer" in n)
 
 
+@pytest.mark.parametrize("routing", ["ifs", "ifs_cfs"])
+def test_backward_pass_needs_no_copy_of_a_pool_or_router(routing):
+    layer = only_layer(adapt(nn.Linear(64, 8), routing=routing, num_factors=6)).train()
+    parameters, kept = {parameter.data_ptr() for parameter in layer.parameters()}, []
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = layer(torch.randn(1, 3, 64))
+    assert output.requires_grad and 0 < max(kept) < 4 * 6 * 64
+
+
 def test_layer_works_without_any_routing_scope():
     model = adapt()
     layer = only_layer(model)
