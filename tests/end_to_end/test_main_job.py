@@ -77,7 +77,7 @@ def test_output_holds_adapter_results_and_pictures(finished):
 def test_results_report_every_task_before_and_after(finished):
     place, printed = finished
     results = json.loads((place / "llava-v1-out" / "results.json").read_text())
-    assert set(results) == {"tasks", "mean_before", "mean_after", "seconds", "trainable_parameters"}
+    assert set(results) == {"tasks", "mean_before", "mean_after", "seconds", "trainable_parameters", "machine"}
     assert len(results["tasks"]) == TASKS
     for name, row in results["tasks"].items():
         assert set(row) == {"before", "after", "n"} and row["n"] == 3
