@@ -199,7 +199,8 @@ def test_study_keeps_what_it_has_measured_and_ends_with_table_and_picture(finish
 
 def test_study_names_a_choice_of_no_cell(finished):
     done = study(finished[0], "--only", "DoRA")
-    assert done.returncode == 1 and done.stderr.startswith("error: --only DoRA: expected a part of names")
+    assert done.returncode == 1  # bitsandbytes may speak first, of what the processor could do
+    assert done.stderr.splitlines()[-1].startswith("error: --only DoRA: expected a part of names")
 
 
 def test_run_interrupted_while_training_goes_on_with_training(finished):

@@ -24,7 +24,10 @@ def doctor(tmp_path):
         (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
         environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", **variables}
         words = [sys.executable, "-m", "llava_mixlora", command, *words]
-        return subprocess.run(words, env=environment, capture_output=True, text=True)
+        done = subprocess.run(words, env=environment, capture_output=True, text=True)
+        # On a processor with AVX512-BF16 bitsandbytes says that it found no kernels package to use it with.
+        done.stderr = "".join(line for line in done.stderr.splitlines(True) if "gemm_4bit_forward" not in line)
+        return done
 
     return doctor
 
