@@ -26,6 +26,8 @@ LLAMA = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+# For 4-bit weights in use: on processors with bfloat16 instructions bitsandbytes packs rows of 32 and columns of 64.
+PACKABLE_LLAMA = {**LLAMA, "hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
 
 
 @pytest.fixture(autouse=True)

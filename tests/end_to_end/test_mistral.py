@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from llava_mixlora.adapter_folder import is_mixlora_adapter
 from llava_mixlora.loading import load_for_inference
 
-from ..conftest import LLAMA
+from ..conftest import PACKABLE_LLAMA
 from ..tiny import VOCABULARY, layers
 from .training import ALONE, environment, train
 
@@ -26,7 +26,8 @@ def base(tokenizer_folder, tmp_path_factory):
     """A bare language model, as --model_name_or_path names it."""
     torch.manual_seed(4)
     folder = tmp_path_factory.mktemp("bare") / "mistral"
-    MistralForCausalLM(MistralConfig(vocab_size=VOCABULARY, sliding_window=WINDOW, **LLAMA)).save_pretrained(folder)
+    config = MistralConfig(vocab_size=VOCABULARY, sliding_window=WINDOW, **PACKABLE_LLAMA)
+    MistralForCausalLM(config).save_pretrained(folder)
     shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
     return folder
 
