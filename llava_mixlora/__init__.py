@@ -4,6 +4,8 @@ Importing this package registers the PEFT type `MIXLORA` and changes nothing els
 `llava_mixlora.patches.apply()`, which `llava-mixlora run` calls.
 """
 
+import sys
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -16,10 +18,12 @@ import_error: Exception | None = None
 """Why the method could not be imported: `llava-mixlora doctor`, which tells what is missing, has to start then too."""
 
 try:
-    from .config import MixLoraConfig
-    from .layer import MixLoraLayer
-    from .model import MixLoraModel
-    from .registration import register
+    # Older accelerate imports DeepSpeed, which logs to the standard output, where programs read `doctor --json`.
+    with redirect_stdout(sys.stderr):
+        from .config import MixLoraConfig
+        from .layer import MixLoraLayer
+        from .model import MixLoraModel
+        from .registration import register
 
     register(MixLoraConfig, MixLoraModel)
 except Exception as error:  # what an installation in pieces raises can be anything

@@ -110,12 +110,11 @@ def test_version_is_the_packages(capsys):
     assert capsys.readouterr().out.strip() == f"llava-mixlora {__version__}"
 
 
-@pytest.mark.slow
-def test_console_script_is_installed():
+def test_console_script_prints_what_it_is_asked_for_alone():
     done = subprocess.run(
         [Path(sys.executable).with_name("llava-mixlora"), "--version"], capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[-1] == f"llava-mixlora {__version__}"
+    assert done.stdout == f"llava-mixlora {__version__}\n"
 
 
 shapes_alone = pytest.mark.skipif(
