@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,10 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         if arguments.command is not _doctor:
             _check_imported()
-        return arguments.command(arguments) or 0
+        return _answer(arguments)
     except MixLoraError as error:
         print(f"llava-mixlora: error: {error}", file=sys.stderr)
         return 1
+
+
+def _answer(arguments: argparse.Namespace) -> int:
+    """Run a subcommand that prints; returns its status, or a shell's for a reader that went away, as `head` does."""
+    try:
+        status = arguments.command(arguments) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 128 + signal.SIGPIPE
 
 
 def _check_imported() -> None:

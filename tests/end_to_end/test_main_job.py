@@ -347,10 +347,13 @@ def test_what_a_gpu_measures_can_be_tried_without_one(finished):
     assert len(found["attention_gpu"]["losses"]["train_mem"]) == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which this would measure for hours")
 def test_measuring_a_gpu_needs_one(tmp_path):
     done = finetune(tmp_path, script=GPU_SCRIPT, TRIAL="")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: PyTorch sees no CUDA GPU")
+
+
+def test_unknown_step_of_measuring_a_gpu_is_one_line(tmp_path):
     done = finetune(tmp_path, "sped", script=GPU_SCRIPT)
     assert done.returncode == 1 and done.stderr == "error: sped: expected one of speed qlora attention smollm2\n"

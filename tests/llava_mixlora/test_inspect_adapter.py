@@ -1,6 +1,9 @@
 """What `llava-mixlora inspect` says of an adapter, and of folders that hold none."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,3 +109,12 @@ def test_newer_adapter_is_named(capsys, command, adapter):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "format_version": 2}))
     assert "newer llava-mixlora" in error_of(capsys, command, folder)
+
+
+def test_reader_that_has_read_enough_is_no_error(adapter):
+    words = [sys.executable, "-m", "llava_mixlora", "inspect", str(adapter())]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGPIPE
+    assert "BrokenPipeError" not in said

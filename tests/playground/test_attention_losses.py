@@ -1,18 +1,18 @@
 """`playground.attention_losses`: three real runs of upstream's training."""
 
+import json
+
 import pytest
 import torch
 
 from playground.attention_losses import compare
 
+from ..tiny import draw_pictures
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the first run may use flash attention")
 def test_without_flash_attention_both_programs_train_alike(llava_folder, clip_folder, tmp_path):
-    import json
-
-    from ..tiny import draw_pictures
-
     draw_pictures(tmp_path, 4)
     turns = [("human", "<image>\nwhat color is the shape?"), ("gpt", "red")]
     conversation = [{"from": speaker, "value": value} for speaker, value in turns]

