@@ -20,10 +20,10 @@ import_error: Exception | None = None
 try:
     # Older accelerate imports DeepSpeed, which logs to the standard output, where programs read `doctor --json`.
     with redirect_stdout(sys.stderr):
-        from .config import MixLoraConfig
-        from .layer import MixLoraLayer
-        from .model import MixLoraModel
-        from .registration import register
+        from .method.config import MixLoraConfig
+        from .method.layer import MixLoraLayer
+        from .method.model import MixLoraModel
+        from .method.registration import register
 
     register(MixLoraConfig, MixLoraModel)
 except Exception as error:  # what an installation in pieces raises can be anything

@@ -273,7 +273,7 @@ def _add_command(commands: Any, command: Callable[..., int | None], help: str, d
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from .convert import convert  # importing torch takes seconds that --help need not wait for
+    from .adapters.convert import convert  # importing torch takes seconds that --help need not wait for
 
     convert(arguments.checkpoint, arguments.model_base, arguments.output, arguments.vision_tower)
     print(f"Wrote the adapter to {arguments.output}. Talk to it, once its base has a tokenizer:")
@@ -292,7 +292,7 @@ def _run(launcher_flags: list[str], words: list[str]) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from .inspect_adapter import describe
+    from .adapters.inspect_adapter import describe
 
     print("\n".join(describe(arguments.adapter)))
 
@@ -301,7 +301,7 @@ def _plot(arguments: argparse.Namespace) -> None:
     if arguments.data is not None:
         _plot_routes(arguments)
         return
-    from .plot_usage import plot
+    from .analysis.plot_usage import plot
 
     output = arguments.output or os.path.join(arguments.adapter, "usage.png")
     plot(arguments.adapter, output)
@@ -309,8 +309,8 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _plot_routes(given: argparse.Namespace) -> None:
-    from .calibration import CalibrationData
-    from .task_routes import draw_task_routes, task_routes
+    from .analysis.task_routes import draw_task_routes, task_routes
+    from .merging.calibration import CalibrationData
 
     data = CalibrationData(given.data, given.image_folder, samples=given.samples, version=given.version)
     output = Path(given.output or os.path.join(given.adapter, "routes"))
@@ -319,21 +319,21 @@ def _plot_routes(given: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from .merge import merge
+    from .merging.merge import merge
 
     print("\n".join(merge(*_merge_arguments(arguments)).lines()))
     print(f"Wrote {arguments.save_model_path}, with merge_report.json. LLaVA loads it as it is, with no --model-base.")
 
 
 def _export_lora(arguments: argparse.Namespace) -> None:
-    from .merge import export_lora
+    from .merging.merge import export_lora
 
     print("\n".join(export_lora(*_merge_arguments(arguments)).lines()))
     print(f"Wrote {arguments.save_model_path}, with merge_report.json. It is a LoRA for the same base.")
 
 
 def _merge_arguments(arguments: argparse.Namespace) -> tuple[Any, ...]:
-    from .calibration import CalibrationData
+    from .merging.calibration import CalibrationData
 
     given = arguments
     calibration = None
@@ -347,11 +347,11 @@ def _merge_arguments(arguments: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from .questions import read_questions
+    from .evaluation.questions import read_questions
 
     given = arguments
     questions = read_questions(given.questions, given.image_folder, given.task, given.limit)
-    from .evaluate import Asking, evaluate, table
+    from .evaluation.evaluate import Asking, evaluate, table
 
     asking = Asking(given.model_path, given.model_base, given.conv_mode, given.max_new_tokens, given.bits)
     result = evaluate(asking, questions, Path(given.output), given.batch_size, given.judge)
@@ -361,8 +361,8 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 
 def _interference(arguments: argparse.Namespace) -> None:
-    from .calibration import CalibrationData
-    from .interference import interference
+    from .analysis.interference import interference
+    from .merging.calibration import CalibrationData
     from .preflight import check_model_path, check_writable
 
     given = arguments
@@ -386,7 +386,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
                 raise MixLoraError(
                     f"{flag} {getattr(arguments, name)} describes a run for --estimate MODEL, which is missing"
                 )
-        from .doctor import examine
+        from .diagnosis.doctor import examine
 
         examination = examine()
         print(json.dumps(examination.as_json(), indent=1) if arguments.json else "\n".join(examination.lines()))
@@ -397,8 +397,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    from .memory_estimate import BITS, RunSettings, estimate, read_model_config
-    from .memory_report import as_json, describe
+    from .diagnosis.memory_estimate import BITS, RunSettings, estimate, read_model_config
+    from .diagnosis.memory_report import as_json, describe
 
     names = [field.name for field in dataclasses.fields(RunSettings)]
     settings = RunSettings(**{name: getattr(arguments, name) for name in names})

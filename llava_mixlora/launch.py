@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from . import patches
-from .adapter_folder import is_mixlora_adapter
+from .adapters.adapter_folder import is_mixlora_adapter
 from .errors import MixLoraError
 
 SERVERS = ("llava.serve.controller", "llava.serve.model_worker")

@@ -15,8 +15,8 @@ from torch.utils.cpp_extension import get_default_build_root
 from tqdm import tqdm
 from transformers.hf_argparser import string_to_bool
 
+from .adapters.stored_weights import read_json
 from .errors import MixLoraError
-from .stored_weights import read_json
 
 
 def check_training_inputs(argv: Sequence[str]) -> None:

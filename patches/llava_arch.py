@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from llava_mixlora.routing_scope import refine
+from llava_mixlora.method.routing_scope import refine
 
 from .patch import Patch
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from llava_mixlora.adapter_folder import (
+from llava_mixlora.adapters.adapter_folder import (
     base_model_of,
     check_adapter,
     is_mixlora_adapter,

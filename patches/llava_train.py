@@ -14,11 +14,11 @@ import torch
 from transformers import PretrainedConfig, set_seed
 
 from llava_mixlora.attention import available_attention
-from llava_mixlora.checkpoint import check_same_adapter
-from llava_mixlora.config import MixLoraConfig
 from llava_mixlora.errors import MixLoraError
-from llava_mixlora.model import MixLoraModel
+from llava_mixlora.method.config import MixLoraConfig
+from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.preflight import check_training_inputs
+from llava_mixlora.training.checkpoint import check_same_adapter
 
 from .patch import Patch
 

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from llava_mixlora.routing_callback import add_routing_callback
-from llava_mixlora.shared_statistics import share_statistics
+from llava_mixlora.training.routing_callback import add_routing_callback
+from llava_mixlora.training.shared_statistics import share_statistics
 
 from .patch import Patch
 

@@ -21,10 +21,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from llava_mixlora import checkpoint
-from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
+from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
 from llava_mixlora.errors import MixLoraError
-from llava_mixlora.termination import SaveOnTermination
+from llava_mixlora.training import checkpoint
+from llava_mixlora.training.termination import SaveOnTermination
 
 from .patch import Patch
 

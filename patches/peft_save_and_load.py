@@ -15,7 +15,7 @@ from typing import Any
 from peft.utils import PeftType
 from torch import Tensor
 
-from llava_mixlora.registration import MIXLORA
+from llava_mixlora.method.registration import MIXLORA
 
 from .patch import Patch
 
@@ -36,7 +36,7 @@ class _OfAnotherType:
 
 
 def _tuner_class() -> Any:
-    from llava_mixlora.model import MixLoraModel
+    from llava_mixlora.method.model import MixLoraModel
 
     return MixLoraModel
 
@@ -82,7 +82,7 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _ignore_newer_fields(original: Any) -> classmethod:
     def from_peft_type(cls: type, **kwargs: Any) -> Any:
-        from llava_mixlora.config import MixLoraConfig
+        from llava_mixlora.method.config import MixLoraConfig
 
         if kwargs.get("peft_type") == MIXLORA:
             known = inspect.signature(MixLoraConfig).parameters

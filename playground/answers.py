@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_mixlora.answering import answer as ask
-from llava_mixlora.loading import Loaded
-from llava_mixlora.questions import Question
+from llava_mixlora.evaluation.answering import answer as ask
+from llava_mixlora.evaluation.questions import Question
+from llava_mixlora.inference.loading import Loaded
 
 CONVERSATION = "llava_v1"  # what `llava.serve.cli` takes for a model whose name has "v1" in it
 LONGEST_ANSWER = 16  # tokens

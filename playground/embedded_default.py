@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from playground import PLAYGROUND
 from playground.atomic import write_json
 
 if TYPE_CHECKING:
     import torch
 
-HERE = Path(__file__).parent
 IMAGES, HELDOUT, TRAIN = "images", "heldout.json", "train.json"
 RESULTS = "results.json"
 TRAINED_WITH = "playground_run.json"  # in the output folder: the training's settings, and whether it is finished
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def prepare_base(arguments: argparse.Namespace) -> Path:
     """Build what the cache folder lacks; returns the folder of the tiny LLaVA."""
-    from playground import tiny_base, tiny_tokenizer
+    from playground.base import tiny_base, tiny_tokenizer
 
     cache, seed = arguments.cache, arguments.seed
     data, tower, tokenizer, base = (cache / name for name in ("data", "tower", "tokenizer", "llava-v1-tiny"))
@@ -117,7 +117,7 @@ def prepare_base(arguments: argparse.Namespace) -> Path:
 
 def prepare_smollm2(arguments: argparse.Namespace) -> Path:
     """Build what the cache folder lacks; returns the folder of the LLaVA around SmolLM2."""
-    from playground import smollm2_base
+    from playground.base import smollm2_base
 
     cache, seed = arguments.cache, arguments.seed
     data, tower, language_model, base = (cache / name for name in ("data", "tower", "smollm2", "llava-v1-smollm2"))
@@ -136,7 +136,8 @@ def prepare_smollm2(arguments: argparse.Namespace) -> Path:
 
 def _prepare_tower(arguments: argparse.Namespace) -> tuple[str, str]:
     """Data and vision tower; returns their keys."""
-    from playground import tasks, tiny_tower
+    from playground.base import tiny_tower
+    from playground.data import tasks
 
     data, tower, seed = arguments.cache / "data", arguments.cache / "tower", arguments.seed
     steps = TRIAL_STEPS if arguments.trial else tiny_tower.STEPS
@@ -151,7 +152,7 @@ def _prepare_tower(arguments: argparse.Namespace) -> tuple[str, str]:
 
 def finetune(settings: dict[str, Any], flags: list[str], base: Path, data: Path, output: Path) -> None:
     """Train the adapter through upstream's `train()`, or go on where an interrupted run of the same settings was."""
-    from playground.tiny_base import train
+    from playground.base.tiny_base import train
 
     trained_with = {**settings, "flags": flags, "base": (base / MADE_FROM).read_text()}
     record = output / TRAINED_WITH
@@ -188,7 +189,7 @@ def trainable_parameters(adapter: Path) -> int:
     from peft import PeftConfig
     from safetensors.torch import load_file
 
-    from llava_mixlora.adapter_folder import read_non_lora_trainables
+    from llava_mixlora.adapters.adapter_folder import read_non_lora_trainables
 
     learns = PeftConfig.from_pretrained(str(adapter)).router_gradient != "none"
     kinds = ["mixlora_A", "mixlora_B", *(["mixlora_router", "mixlora_cfs"] if learns else [])]
@@ -290,8 +291,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--routing", default="ifs_cfs", help="ifs_cfs, ifs or random (default: %(default)s)")
     parser.add_argument("--factors", type=int, default=16, help="factors in each pool (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=4, help="factors chosen per instance (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=HERE / "output" / "llava-v1-tiny-mixlora", help="adapter folder")
-    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="data and base model (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=PLAYGROUND / "output" / "llava-v1-tiny-mixlora", help="adapter folder"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=PLAYGROUND / "cache", help="data and base model (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     parser.add_argument(
         "--trial", action="store_true", help="a few steps and questions only, to see that everything runs"

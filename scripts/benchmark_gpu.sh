@@ -4,7 +4,7 @@
 #   bash scripts/benchmark_gpu.sh [STEP ...]
 #
 #   STEP  speed      a LLaVA of 7B parameters with random weights: training, decoding and loading beside LoRA, on 16-bit
-#                    and on 4-bit weights (80 GB of GPU memory; python -m playground.benchmark gpu --help for less)
+#                    and on 4-bit weights (80 GB of GPU memory; python -m playground.benchmarks.benchmark gpu --help for less)
 #         qlora      the main job on 4-bit weights in bfloat16: its accuracy beside that of the CPU
 #         attention  upstream's train_mem beside train: the same losses with flash-attn (pip install flash-attn)
 #         smollm2    the main job on a really pretrained language model, SmolLM2-135M, in bfloat16
@@ -48,7 +48,7 @@ for step in "${steps[@]}"; do
         speed)
             size=()
             [[ -z "${TRIAL:-}" ]] || size=(--size narrow --layers 1 --batch-size 1 --rounds 1 --weights bf16 --parts decode)
-            python -m playground.benchmark gpu "${size[@]}" --output "$results/benchmark_gpu.json"
+            python -m playground.benchmarks.benchmark gpu "${size[@]}" --output "$results/benchmark_gpu.json"
             ;;
         qlora)
             OUTPUT_DIR="$output" CACHE_DIR="$cache" bash scripts/finetune_mixlora_qlora.sh ifs_cfs 16 4 \
@@ -56,7 +56,7 @@ for step in "${steps[@]}"; do
             cp "$output/results.json" "$results/qlora_gpu.json"
             ;;
         attention)
-            python -m playground.attention_losses --cache "$cache" ${TRIAL:+--steps 2 --batch-size 2} \
+            python -m playground.studies.attention_losses --cache "$cache" ${TRIAL:+--steps 2 --batch-size 2} \
                 --output "$results/attention_gpu.json"
             ;;
         smollm2)

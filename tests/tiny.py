@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from llava_mixlora import MixLoraConfig, MixLoraLayer
-from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES
+from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
 
 VOCABULARY = 320
 newer_peft = pytest.mark.skipif(not hasattr(peft.utils, "register_peft_method"), reason="PEFT 0.13 has no such feature")

@@ -39,7 +39,7 @@ CLOSEST = {
     "llava_trainer_checkpoints LLaVATrainer.train transformers<5": [
         "end_to_end/test_checkpoints.py::test_run_killed_after_its_last_step_makes_no_further_step"
     ],
-    "peft_save_and_load": ["llava_mixlora/test_model.py", "llava_mixlora/test_registration.py"],
+    "peft_save_and_load": ["llava_mixlora/method/test_model.py", "llava_mixlora/method/test_registration.py"],
     "transformers_trainer Trainer._load_rng_state": [
         "end_to_end/test_checkpoints.py::test_killed_run_goes_on_as_if_nothing_had_happened"
     ],
@@ -178,7 +178,7 @@ def tests_for(entry: Entry) -> Iterator[list[str]]:
     names = (f"{entry.module} {entry.symbol} {entry.versions}", f"{entry.module} {entry.symbol}", entry.module)
     closest = next((CLOSEST[name] for name in names if name in CLOSEST), [])
     yield [f"tests/{name}" for name in own + closest] or ["tests/patches/test_llava_train.py"]
-    quick = [*sorted(tests.glob("patches/test_*.py")), *sorted(tests.glob("llava_mixlora/test_*.py"))]
+    quick = [*sorted(tests.glob("patches/test_*.py")), *sorted(tests.glob("llava_mixlora/**/test_*.py"))]
     names = [str(file.relative_to(tests)) for file in quick]
     yield [f"tests/{name}" for name in names if name not in (*NO_BEHAVIOUR, *own)]
     yield [f"tests/end_to_end/test_{name}.py" for name in LAST]

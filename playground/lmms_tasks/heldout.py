@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from llava_mixlora.metrics import exact_match
+from llava_mixlora.evaluation.metrics import exact_match
 
 IMAGES = Path(__file__).parents[1] / "cache" / "data" / "images"
 

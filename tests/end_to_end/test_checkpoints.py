@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_mixlora import checkpoint
+from llava_mixlora.training import checkpoint
 
 from ..tiny import deepspeed_on_cpu
 from .training import ALONE, RUN, SCRIPTS, environment, program, train

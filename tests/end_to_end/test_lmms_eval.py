@@ -10,9 +10,9 @@ import easy_vqa
 import pytest
 import torch
 
-from llava_mixlora.answering import answer
-from llava_mixlora.metrics import exact_match
-from llava_mixlora.questions import Question
+from llava_mixlora.evaluation.answering import answer
+from llava_mixlora.evaluation.metrics import exact_match
+from llava_mixlora.evaluation.questions import Question
 
 from ..tiny import write_adapter
 from .training import environment, program

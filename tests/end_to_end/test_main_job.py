@@ -95,7 +95,7 @@ def test_both_loaders_give_identical_logits(finished, loaded):
     from peft import PeftModel
     from transformers import AutoConfig
 
-    from llava_mixlora.adapter_folder import read_non_lora_trainables
+    from llava_mixlora.adapters.adapter_folder import read_non_lora_trainables
 
     out = finished[0] / "llava-v1-out"
     tokenizer, model, _, _ = loaded
@@ -176,7 +176,7 @@ def test_mme_script_gives_the_totals_of_mme(finished, tmp_path):
 
 def study(place, *words):
     places = ["--cache", place / "cache", "--results", place / "results", "--notes", place / "notes.json"]
-    command = [sys.executable, "-m", "playground.study", *words, "--trial", *map(str, places)]
+    command = [sys.executable, "-m", "playground.studies.study", *words, "--trial", *map(str, places)]
     return subprocess.run(command, env=environment(place), capture_output=True, text=True, cwd=ROOT)
 
 

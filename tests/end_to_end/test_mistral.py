@@ -10,8 +10,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import MistralConfig, MistralForCausalLM
 
-from llava_mixlora.adapter_folder import is_mixlora_adapter
-from llava_mixlora.loading import load_for_inference
+from llava_mixlora.adapters.adapter_folder import is_mixlora_adapter
+from llava_mixlora.inference.loading import load_for_inference
 
 from ..conftest import PACKABLE_LLAMA
 from ..tiny import VOCABULARY, layers

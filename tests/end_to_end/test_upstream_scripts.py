@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-from llava_mixlora.adapter_folder import NON_LORA_TRAINABLES
+from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
 
 from ..tiny import LINEAR_LAYERS, draw_pictures, plain, write_adapter
 from .training import environment

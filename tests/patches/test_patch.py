@@ -267,6 +267,6 @@ def test_every_patch_says_why(patched):
 
 def test_versions_are_compared_in_patches_and_registration_alone():
     compares = re.compile(r"\bVersion\(|SpecifierSet|version(__|\([^()]*\))\s*([<>=!]=|[<>])|parse_version")
-    places = [*ROOT.glob("llava_mixlora/*.py"), *ROOT.glob("playground/**/*.py"), *ROOT.glob("scripts/*.sh")]
+    places = [*ROOT.glob("llava_mixlora/**/*.py"), *ROOT.glob("playground/**/*.py"), *ROOT.glob("scripts/*.sh")]
     found = {file.name for file in places if compares.search(file.read_text(encoding="utf-8"))}
     assert len(places) > 50 and found == {"registration.py"}

@@ -16,8 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from llava_mixlora.adapter_folder import base_model_of, read_non_lora_trainables
-from llava_mixlora.loading import load_for_inference
+from llava_mixlora.adapters.adapter_folder import base_model_of, read_non_lora_trainables
+from llava_mixlora.inference.loading import load_for_inference
 
 from ..end_to_end.training import ALONE, PLUGIN, train, write_inputs
 from ..tiny import layers

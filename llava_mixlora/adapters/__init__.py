@@ -1,0 +1,1 @@
+"""Adapters and models as they lie on disk: read, checked, converted, described. Imports `method`."""

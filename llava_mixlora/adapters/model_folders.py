@@ -1,0 +1,83 @@
+"""Folders that commands read a base model from and write their results to; those appear whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import MixLoraError
+
+
+def base_folder(model_base: str) -> Path:
+    """The folder of a base model, downloaded when `model_base` is a hub name.
+
+    Raises:
+        MixLoraError: there is no such folder, or the download fails.
+    """
+    folder = Path(model_base).expanduser()
+    if folder.is_dir():
+        return folder
+    if model_base.startswith((".", "/", "~")) or model_base.count("/") != 1:
+        raise MixLoraError(f"--model-base {model_base}: no such folder; expected a model or a hub name like owner/name")
+    from huggingface_hub import snapshot_download  # from here on it takes a network
+
+    try:
+        return Path(snapshot_download(model_base, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"]))
+    except Exception as error:  # offline, no such repository, no access: each has its own class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MixLoraError(f"--model-base {model_base} cannot be downloaded ({reason}); pass its folder") from error
+
+
+def check_output(flag: str, output: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        MixLoraError: `output`, given as `flag`, is there and is not an empty folder.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise MixLoraError(f"{flag} {output} exists and is not an empty folder; choose another, or remove it first")
+
+
+def check_room(flag: str, output: Path, needed: int) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        MixLoraError: fewer than `needed` bytes are free where `output` goes.
+    """
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise MixLoraError(
+            f"{flag} {output}: {_gigabytes(needed)} are needed, but its disk has {_gigabytes(free)} free; make room, "
+            "or choose a folder on another disk"
+        )
+
+
+@contextmanager
+def new_folder(flag: str, output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when the body is done, and is gone when the body fails.
+
+    Only a killed process leaves it, as `.NAME.unfinished`; the next one for the same `output` removes it first.
+
+    Raises:
+        MixLoraError: it cannot be written; `flag` is what `output` was given as.
+    """
+    output = output.absolute()
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        if output.exists():
+            output.rmdir()
+        unfinished.rename(output)
+    except OSError as error:
+        raise MixLoraError(f"{flag} {output} cannot be written ({error.strerror}); choose another") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size:,} bytes"

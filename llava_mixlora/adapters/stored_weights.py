@@ -1,0 +1,118 @@
+"""The weights of a checkpoint folder, read tensor by tensor; no pickled code is ever executed."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from ..errors import MixLoraError
+
+CHUNK = 1 << 22  # bytes read at once while a checksum is verified
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors in a folder by name: `model.safetensors` or `pytorch_model.bin`, whole or sharded.
+
+    A tensor is read from the disk when it is asked for, so a folder larger than the memory can be walked through.
+
+    Raises:
+        MixLoraError: there is no weight file, a shard is missing, or a file is damaged or holds more than tensors.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._readers: dict[str, Callable[[], Tensor]] = {}
+        for file in weight_files(Path(folder)):
+            self._readers.update(_safetensors(file) if file.suffix == ".safetensors" else _state_dict(file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        MixLoraError: the file is missing, cannot be read, is not JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MixLoraError(f"{file} is missing; is the download complete?") from None
+    except OSError as error:
+        raise MixLoraError(f"{file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise MixLoraError(f"{file} is damaged: not valid JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise MixLoraError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}; copy it again")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: one, or its shards.
+
+    Raises:
+        MixLoraError: there is none, one is missing, or the list of shards is damaged.
+    """
+    for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if (folder / index).is_file():
+            shards = read_json(folder / index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise MixLoraError(f"{folder / index} is damaged: it names no shards in 'weight_map'; copy it again")
+            return [_present(folder / Path(name).name, index) for name in sorted(set(map(str, shards.values())))]
+    raise MixLoraError(f"{folder} holds no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}, whole or in shards")
+
+
+def _present(shard: Path, index: str) -> Path:
+    if not shard.is_file():
+        raise MixLoraError(f"{shard} is missing, but {index} names it; is the download complete?")
+    return shard
+
+
+def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
+    try:
+        tensors = safe_open(str(file), framework="pt")
+        names = tensors.keys()  # the file itself cannot be iterated over
+        return {name: partial(tensors.get_tensor, name) for name in names}
+    except SafetensorError as error:
+        raise MixLoraError(f"{file} is damaged ({error}); copy it again") from error
+
+
+def _state_dict(file: Path) -> dict[str, Callable[[], Tensor]]:
+    try:
+        is_zip = zipfile.is_zipfile(file)
+        if is_zip:
+            _verify_checksums(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged pickle fails in many ways
+        raise MixLoraError(
+            f"{file} cannot be read as a state dict: it is damaged, or it holds more than tensors, "
+            f"which is never executed ({type(error).__name__}); copy it again"
+        ) from error
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise MixLoraError(f"{file}: expected a state dict of tensors by name, got {type(state).__name__}")
+    return {name: partial(state.__getitem__, name) for name in state}
+
+
+def _verify_checksums(file: Path) -> None:
+    # torch.load verifies none, so a damaged tensor would pass as a weight.
+    with zipfile.ZipFile(file) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as record:
+                while record.read(CHUNK):
+                    pass

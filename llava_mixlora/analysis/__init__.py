@@ -1,0 +1,1 @@
+"""What routes and gradients tell about the tasks of a data set."""

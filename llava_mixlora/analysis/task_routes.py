@@ -1,0 +1,133 @@
+"""Which factors the routers choose for which task: usage by layer, maps of the routes, similarity of the tasks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MixLoraError
+from ..inference.loading import load_for_inference
+from ..merging.calibration import CalibrationData, batches, samples_by_task
+from ..method.routing_statistics import POOLS
+
+RESULT, USAGE, MAP, SIMILARITY = "routes.json", "task_usage.png", "route_map.png", "task_similarity.png"
+
+
+@dataclass(frozen=True)
+class TaskRoutes:
+    """Routes of samples: `chosen` by layer name, bool [samples, 2, E], of A and B; `labels` the index of their task."""
+
+    tasks: list[str]
+    labels: Tensor
+    chosen: dict[str, Tensor]
+
+    def usage(self, layer: str) -> Tensor:
+        """The share of a task's samples that choose a factor, float [tasks, 2, E]."""
+        chosen = self.chosen[layer].float()
+        return torch.stack([chosen[self.labels == task].mean(dim=0) for task in range(len(self.tasks))])
+
+    def similarity(self) -> Tensor:
+        """Cosine similarity of the tasks' usage of all factors of all layers, float [tasks, tasks]; 1: the same."""
+        usage = torch.cat([self.usage(layer).flatten(1) for layer in self.chosen], dim=1)
+        usage = torch.nn.functional.normalize(usage, dim=1)
+        return usage @ usage.t()
+
+    def distances(self, layer: str) -> Tensor:
+        """Jaccard distance of the samples' routes, float [samples, samples]: the share of factors that only one has."""
+        chosen = self.chosen[layer].flatten(1).float()
+        shared, sizes = chosen @ chosen.t(), chosen.sum(dim=1)
+        return 1 - shared / (sizes.unsqueeze(1) + sizes - shared)
+
+    def three_layers(self) -> list[str]:
+        """The first, the middle and the last layer, as in the paper's figure."""
+        layers = list(self.chosen)
+        return list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])))
+
+
+def task_routes(model_path: str | Path, model_base: str | None, data: CalibrationData) -> TaskRoutes:
+    """The routes that an adapter takes for the prompts of `data`, `data.samples` of each task.
+
+    Raises:
+        MixLoraError: as [`samples_by_task`] and [`load_for_inference`]; or the model has no MixLoRA adapter.
+    """
+    samples = samples_by_task(data)
+    loaded = load_for_inference(model_path, model_base)
+    model = loaded[1]
+    if not hasattr(getattr(model, "base_model", None), "routes"):
+        raise MixLoraError(f"{model_path} is no MixLoRA adapter, so it has no routes to draw")
+    seen: dict[str, list[Tensor]] = {}
+    drawn = [sample for of_task in samples.values() for sample in of_task]
+    for batch in batches(drawn, loaded, data, "Routing"):
+        with torch.no_grad():
+            model(**batch)
+        for layer, route in model.base_model.routes().items():
+            both = torch.stack((route.index_A, route.index_B), dim=1).cpu()  # [B, 2, r]
+            E = model.peft_config["default"].num_factors
+            seen.setdefault(layer, []).append(torch.zeros(len(both), 2, E, dtype=torch.bool).scatter_(2, both, True))
+    labels = torch.arange(len(samples)).repeat_interleave(data.samples)
+    return TaskRoutes(list(samples), labels, {layer: torch.cat(chosen) for layer, chosen in seen.items()})
+
+
+def draw_task_routes(routes: TaskRoutes, folder: Path) -> None:
+    """Write `routes.json`, `task_usage.png`, `route_map.png` and `task_similarity.png` into `folder`.
+
+    Raises:
+        MixLoraError: matplotlib or scikit-learn is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise MixLoraError(f"plot --data needs {error.name}; pip install 'llava-mixlora[eval]'") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    usage = {layer: routes.usage(layer).tolist() for layer in routes.chosen}
+    contents = {"tasks": routes.tasks, "usage": usage, "similarity": routes.similarity().tolist()}
+    (folder / RESULT).write_text(json.dumps(contents) + "\n", encoding="utf-8")
+    layers, tasks = routes.three_layers(), routes.tasks
+
+    figure = Figure(figsize=(4 * len(layers), 2 + 0.4 * len(tasks)), layout="constrained")
+    axes = figure.subplots(2, len(layers), squeeze=False, sharey=True)
+    for column, layer in enumerate(layers):
+        for axis, pool, share in zip(axes[:, column], POOLS, routes.usage(layer).unbind(dim=1)):
+            drawn = axis.imshow(share, aspect="auto", vmin=0, vmax=1)
+            axis.set_title(f"{layer}, pool {pool}", fontsize=7)
+            axis.set_xticks(range(0, share.shape[1], max(1, share.shape[1] // 8)))
+            axis.set_yticks(range(len(tasks)), tasks, fontsize=6)
+    figure.supxlabel("factor")
+    figure.colorbar(drawn, ax=axes, label="share of a task's samples that choose a factor")
+    figure.savefig(folder / USAGE, dpi=110)
+
+    figure = Figure(figsize=(4 * len(layers) + 1, 4), layout="constrained")
+    axes = figure.subplots(1, len(layers), squeeze=False)[0]
+    for axis, layer in zip(axes, layers):
+        perplexity = min(30.0, (len(routes.labels) - 1) / 3)
+        tsne = TSNE(metric="precomputed", init="random", perplexity=perplexity, random_state=0)
+        places = tsne.fit_transform(routes.distances(layer).numpy())
+        for number, task in enumerate(tasks):
+            mine = (routes.labels == number).numpy()
+            axis.scatter(*places[mine].T, s=10, color=_color(number), label=task)
+        axis.set_title(layer, fontsize=7)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle("t-SNE of the routes", fontsize=9)
+    figure.savefig(folder / MAP, dpi=110)
+
+    figure = Figure(figsize=(3 + 0.3 * len(tasks), 2 + 0.3 * len(tasks)), layout="constrained")
+    axis = figure.subplots()
+    drawn = axis.imshow(routes.similarity(), vmin=0, vmax=1)
+    axis.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(tasks)), tasks, fontsize=7)
+    figure.colorbar(drawn, label="cosine similarity of the factors used")
+    figure.savefig(folder / SIMILARITY, dpi=110)
+
+
+def _color(number: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](number % 20)

@@ -1,0 +1,1 @@
+"""What works on this machine, and how much memory a run will need."""

@@ -1,0 +1,103 @@
+"""Asks a LLaVA model questions: greedy decoding in left-padded batches, through upstream's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..errors import MixLoraError
+from ..inference.loading import Loaded
+from .questions import Question
+
+
+def answer(
+    loaded: Loaded,
+    questions: Sequence[Question],
+    conversation: str = "llava_v1",
+    batch_size: int = 16,
+    max_new_tokens: int = 128,
+    progress: bool = True,
+) -> Iterator[tuple[Sequence[Question], list[str]]]:
+    """Answer questions in their order; gives each batch with its answers as soon as it is done.
+
+    A row's answer does not depend on the rest of its batch: padding is masked, and MixLoRA's routes are those of the
+    row alone.
+
+    Args:
+        loaded: tokenizer, model and image processor of `load_pretrained_model`.
+        conversation: the template, as `--conv-mode` of upstream's evaluation programs.
+        batch_size: questions that are answered at a time.
+        max_new_tokens: the longest answer.
+        progress: show a progress bar.
+
+    Raises:
+        MixLoraError: there is no such template, or an image is damaged.
+    """
+    tokenizer, model, image_processor = loaded
+    padding = tokenizer.pad_token_id or 0
+    batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
+    for batch in tqdm(batches, desc="Answering", unit="batch", disable=not progress):
+        input_ids, attention_mask = _left_padded([_prompt_ids(q.prompt, conversation, loaded) for q in batch], padding)
+        pictures = [_open(question) for question in batch]
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                images=_pixels(pictures, image_processor, model),
+                image_sizes=[picture.size for picture in pictures],
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=padding,
+            )
+        yield batch, [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def check_conversation(name: str) -> None:
+    """Refuse a conversation template that upstream does not have."""
+    from llava.conversation import conv_templates
+
+    if name not in conv_templates:
+        raise MixLoraError(f"--conv-mode {name}: no such template; expected one of {', '.join(conv_templates)}")
+
+
+def _prompt_ids(question: str, conversation: str, loaded: Loaded) -> Tensor:
+    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+    from llava.conversation import conv_templates
+    from llava.mm_utils import tokenizer_image_token
+
+    tokenizer, model, _ = loaded
+    image = DEFAULT_IMAGE_TOKEN
+    if getattr(model.config, "mm_use_im_start_end", False):
+        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
+    turns = conv_templates[conversation].copy()
+    turns.append_message(turns.roles[0], f"{image}\n{question}")
+    turns.append_message(turns.roles[1], None)
+    return tokenizer_image_token(turns.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+
+
+def _open(question: Question) -> Image.Image:
+    try:
+        return Image.open(question.image).convert("RGB")
+    except (OSError, SyntaxError) as error:  # the latter is what PIL raises for some damaged PNG files
+        raise MixLoraError(f"{question.image}: not a readable image ({error}); copy it again") from error
+
+
+def _pixels(pictures: list[Image.Image], image_processor: Any, model: Any) -> Any:
+    from llava.mm_utils import process_images
+
+    pixels = process_images(pictures, image_processor, model.config)
+    if isinstance(pixels, list):  # of several tiles each, whose numbers differ
+        return [tiles.to(model.device, model.dtype) for tiles in pixels]
+    return pixels.to(model.device, model.dtype)
+
+
+def _left_padded(rows: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:
+    reverse = [row.flip(0) for row in rows]
+    input_ids = torch.nn.utils.rnn.pad_sequence(reverse, batch_first=True, padding_value=padding).flip(1)
+    lengths = torch.tensor([len(row) for row in reverse])
+    return input_ids, torch.arange(input_ids.shape[1]).flip(0) < lengths.unsqueeze(1)

@@ -1,0 +1,66 @@
+"""A LLaVA model ready to be asked: an adapter on its base, or a plain checkpoint, through upstream's own loader."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft.utils import CONFIG_NAME
+from transformers import PretrainedConfig
+
+from ..adapters.adapter_folder import base_model_of
+from ..preflight import check_model_path
+
+Loaded = tuple[Any, Any, Any]
+"""Tokenizer, model and image processor."""
+
+
+def load_for_inference(
+    model_path: str | Path, model_base: str | Path | None = None, bits: int = 16, keep_adapter: bool = False
+) -> Loaded:
+    """Load a MixLoRA adapter, an adapter of LLaVA's LoRA runs, or a whole LLaVA; in evaluation mode.
+
+    On a GPU (under a launcher the one of its `LOCAL_RANK`) in float16; without one in float32, or in bfloat16 where
+    that would take more than half of the memory.
+
+    Args:
+        model_path: folder of the adapter or of the model, or a hub name.
+        model_base: the adapter's base; by default the one that it names. A whole model has none.
+        bits: 16, or 8 or 4 to quantize the language model.
+        keep_adapter: keep an adapter of LLaVA's LoRA runs beside its base, where upstream merges it.
+
+    Raises:
+        MixLoraError: there is no such folder, an adapter's base is missing, or its files are damaged.
+    """
+    check_model_path("--model-path", str(model_path))
+    from .. import patches
+
+    patches.apply()
+    from llava.model.builder import load_pretrained_model
+
+    is_adapter = (Path(model_path) / CONFIG_NAME).is_file()
+    base = base_model_of(model_path, model_base and str(model_base)) if is_adapter else None
+    # Upstream takes its branch by the name, and merges its own adapters.
+    name = "llava-lora" if is_adapter else "llava-mistral" if _is_mistral(model_path) else "llava"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        str(model_path),
+        base,
+        name,
+        load_8bit=bits == 8,
+        load_4bit=bits == 4,
+        device_map=device,
+        device=device,
+        keep_adapter=keep_adapter,
+    )
+    if device == "cpu" and bits == 16:
+        size = 4 * sum(parameter.numel() for parameter in model.parameters())
+        model = model.float() if size < psutil.virtual_memory().total / 2 else model.bfloat16()
+    return tokenizer, model.eval(), image_processor
+
+
+def _is_mistral(model_path: str | Path) -> bool:
+    return PretrainedConfig.get_config_dict(str(model_path))[0].get("model_type") == "llava_mistral"

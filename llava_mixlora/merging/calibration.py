@@ -1,0 +1,406 @@
+"""Static updates made from data, and how near they come on other data of the same kind.
+
+The dynamic model reads conversations in LLaVA's format, through LLaVA's own data code, with the routes that it would
+take in use. What its layers see is summed (see `static_core`); a part of the data is kept apart to judge the result.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..errors import MixLoraError
+from ..inference.loading import Loaded
+from ..method.layer import MixLoraLayer, Observer
+from ..method.routing_scope import IGNORE_INDEX
+from ..method.static_core import (
+    METHODS,
+    InputMoments,
+    Moments,
+    instance_input_moments,
+    instance_moments,
+    low_rank_pair,
+    lstsq_core,
+    mean_core,
+    regression_map,
+    squared_error,
+    squared_error_of_map,
+    squared_norm,
+)
+from ..preflight import check_images, read_conversations
+from .fidelity import Agreement, ErrorsByLayer
+from .static_adapter import PEFT_PREFIX, StaticUpdates, relative
+
+HELD_OUT, MOST_HELD_OUT = 0.1, 128  # share of the samples, and their number, that only judge the result
+INPUT_SUMS = 4 << 30  # bytes of Σ xᵀx that are held at a time; the data are read again for further layers
+ADAPTER = "default"
+Key = TypeVar("Key")
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Conversations in LLaVA's format.
+
+    Args:
+        data: a JSON file, as `--data_path` of training.
+        image_folder: where its images lie.
+        task: only samples whose field `"task"` has this value; all when None.
+        samples: how many to draw, a tenth of them being held out; all when there are fewer.
+        version: the conversation template, as `--version` of training.
+        batch_size: how many go through the model at a time.
+    """
+
+    data: str
+    image_folder: str | None = None
+    task: str | None = None
+    samples: int = 512
+    version: str = "v1"
+    batch_size: int = 8
+
+
+@dataclass
+class Calibrated:
+    """By method, static updates and their errors by layer over the calibration data."""
+
+    updates: dict[str, StaticUpdates] = field(default_factory=dict)
+    errors: ErrorsByLayer = field(default_factory=dict)
+
+
+def read_samples(given: CalibrationData, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """The samples to calibrate on, and those to hold out.
+
+    Raises:
+        MixLoraError: the file is missing or damaged, has fewer than two samples (of the task), names images that are
+            not there, or names none although the model is one for images.
+    """
+    samples = read_conversations(given.data)
+    if given.task is not None:
+        tasks = sorted({str(sample["task"]) for sample in samples if "task" in sample})
+        samples = [sample for sample in samples if sample.get("task") == given.task]
+        if not samples:
+            known = ", ".join(tasks[:20]) or "none: no sample has a field 'task'"
+            raise MixLoraError(f"--task {given.task}: {given.data} has no samples of it; its tasks are {known}")
+    if len(samples) < 2:
+        raise MixLoraError(f"--calibration {given.data}: expected two samples at least, one of them to hold out")
+    _check_shows_images("--calibration", samples, given)
+    random.Random(seed).shuffle(samples)
+    samples = samples[: max(2, given.samples)]
+    held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(samples))))
+    return samples[held_out:], samples[:held_out]
+
+
+def samples_by_task(data: CalibrationData, tasks: Sequence[str] = (), seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """`data.samples` samples of each task, by the task that their field `"task"` names.
+
+    Args:
+        data: where from, and how many of each task.
+        tasks: which tasks, in this order; all when empty, in the order of the data.
+        seed: of the choice of samples.
+
+    Raises:
+        MixLoraError: there are fewer than two tasks, or too few samples of one; or no sample has an image, or images
+            are missing.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for sample in read_conversations(data.data):
+        if "task" in sample:
+            found.setdefault(str(sample["task"]), []).append(sample)
+    if unknown := [task for task in tasks if task not in found]:
+        known = ", ".join(found) or "none: no sample has a field 'task'"
+        raise MixLoraError(f"--tasks {' '.join(unknown)}: {data.data} has no samples of it; its tasks are {known}")
+    samples = {task: found[task] for task in tasks or found}
+    if len(samples) < 2:
+        raise MixLoraError(
+            f"--data {data.data}: expected samples of two tasks at least, named in a field 'task'; found "
+            f"{', '.join(samples) or 'none'}"
+        )
+    for task, of_task in samples.items():
+        if len(of_task) < data.samples:
+            raise MixLoraError(
+                f"--samples {data.samples}: {data.data} has {len(of_task)} of task {task!r}; ask for fewer"
+            )
+        random.Random(seed).shuffle(of_task)
+    samples = {task: of_task[: data.samples] for task, of_task in samples.items()}
+    _check_shows_images("--data", [sample for of_task in samples.values() for sample in of_task], data)
+    return samples
+
+
+def _check_shows_images(flag: str, samples: list[dict[str, Any]], given: CalibrationData) -> None:
+    if not any("image" in sample for sample in samples):
+        raise MixLoraError(
+            f"{flag} {given.data}: none of its samples has an image, so it does not show what LLaVA's layers see in "
+            "use; pass data with images"
+        )
+    if given.image_folder is None:
+        raise MixLoraError(f"{flag} {given.data} names images; pass the folder they lie in as --image-folder")
+    check_images(samples, given.data, given.image_folder)
+
+
+def batches(samples: list[dict], loaded: Loaded, given: CalibrationData, title: str) -> Iterator[Batch]:
+    """The samples as LLaVA's training prepares them, with the image features in the sequence: inputs of the model."""
+    dataset, collate = training_data(samples, loaded, given.image_folder, given.version)
+    for start in tqdm(range(0, len(samples), given.batch_size), desc=title, unit="batch"):
+        batch = collate([dataset[number] for number in range(start, min(start + given.batch_size, len(samples)))])
+        yield with_images(loaded[1], batch)
+
+
+def training_data(
+    samples: list[dict], loaded: Loaded, image_folder: str | Path | None, version: str
+) -> tuple[Any, Callable[[list[dict[str, Any]]], Batch]]:
+    """Upstream's data set of conversations, and its function that makes a batch of some of its items.
+
+    Sets upstream's conversation template, which is global there.
+
+    Raises:
+        MixLoraError: there is no template `version`.
+    """
+    from llava import conversation
+    from llava.train.train import DataArguments, make_supervised_data_module
+
+    if version not in conversation.conv_templates:
+        known = ", ".join(conversation.conv_templates)
+        raise MixLoraError(f"--version {version}: no such conversation template; expected one of {known}")
+    conversation.default_conversation = conversation.conv_templates[version]
+    tokenizer, model, image_processor = loaded
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(samples, file)
+        file.flush()
+        arguments = DataArguments(data_path=file.name, image_folder=str(image_folder), is_multimodal=True)
+        arguments.image_processor = image_processor
+        arguments.image_aspect_ratio = getattr(model.config, "image_aspect_ratio", None) or "square"
+        arguments.mm_use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)
+        module = make_supervised_data_module(tokenizer, arguments)
+    return module["train_dataset"], module["data_collator"]
+
+
+def calibrate(model: nn.Module, read: Callable[[str], Iterator[Batch]], methods: tuple[str, ...]) -> Calibrated:
+    """Static updates of every adapted layer by each of `methods`.
+
+    Args:
+        model: a PeftModel with a MixLoRA adapter, in evaluation mode.
+        read: gives the batches, as keyword arguments of the model; called again where the sums for `"regression"` do
+            not fit into [`INPUT_SUMS`] at once. It gets a title for a progress bar.
+        methods: of [`METHODS`]; `"regression"` only beside `"lstsq"`.
+    """
+    layers = adapted_layers(model)
+    sizes = {name: 8 * layer.in_features**2 for name, layer in layers.items()}  # of a float64 Σ xᵀx
+    groups = groups_within(sizes, INPUT_SUMS) if "regression" in methods else [[]]
+    found = Calibrated({method: {} for method in methods})
+    for number, group in enumerate(groups, start=1):
+        sums = {name: _Sums(with_inputs=name in group) for name in (layers if number == 1 else group)}
+        title = "Calibrating" if len(groups) == 1 else f"Calibrating, pass {number} of {len(groups)}"
+        with _observed(layers, {name: of_layer.add for name, of_layer in sums.items()}):
+            for batch in read(title):
+                with torch.no_grad():
+                    model(**batch)
+        for name, of_layer in sums.items():
+            updates, errors = of_layer.solve(layers[name], methods)
+            for method, update in updates.items():
+                found.updates[method][name] = update
+            found.errors.setdefault(name, {}).update(errors)
+    found.errors = {name: {method: found.errors[name][method] for method in methods} for name in layers}
+    return found
+
+
+def judge(
+    model: nn.Module, read: Callable[[str], Iterator[Batch]], updates: dict[str, StaticUpdates]
+) -> tuple[ErrorsByLayer, dict[str, Agreement]]:
+    """Errors by layer and method, and the agreement of static models with the dynamic one, on other data."""
+    layers = adapted_layers(model)
+    errors = {name: _Errors({method: updates[method][name] for method in updates}) for name in layers}
+    sums = {method: torch.zeros(5, dtype=torch.float64) for method in updates}
+    for batch in read("Comparing"):
+        with _observed(layers, {name: of_layer.add for name, of_layer in errors.items()}):
+            labels, dynamic = _predictions(model, batch)
+        for method, of_method in updates.items():
+            with static_in_place(model, of_method):
+                _, static = _predictions(model, batch)
+            sums[method] += _compare(dynamic, static, labels)
+    return {name: found.relative() for name, found in errors.items()}, {m: _agreement(s) for m, s in sums.items()}
+
+
+@contextmanager
+def static_in_place(model: nn.Module, updates: StaticUpdates) -> Iterator[None]:
+    """Run the body with static updates in the place of the adapter's, and no weight changed."""
+
+    def add(layer: nn.Module, args: tuple[Any, ...], output: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return output + F.linear(F.linear(args[0].to(down.dtype), down), up).to(output.dtype)
+
+    hooks = []
+    for name, layer in adapted_layers(model).items():
+        device = layer.mixlora_A[ADAPTER].device
+        down, up = (matrix.to(device) for matrix in updates[name])
+        hooks.append(layer.register_forward_hook(partial(add, down=down, up=up)))
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def adapted_layers(model: nn.Module) -> dict[str, MixLoraLayer]:
+    """The layers of a PeftModel that have the adapter, by the name that the base model knows them by."""
+    return {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, MixLoraLayer) and ADAPTER in module.mixlora_A
+    }
+
+
+class _Sums:
+    """What one layer has seen."""
+
+    def __init__(self, with_inputs: bool) -> None:
+        self.with_inputs = with_inputs
+        self.moments: Tensor | None = None
+        self.inputs: InputMoments | None = None
+
+    def add(
+        self, layer: MixLoraLayer, adapter: str, x: Tensor, z: Tensor, cores: Tensor, attended: Tensor | None
+    ) -> None:
+        new = instance_moments(z, cores, attended)
+        self.moments = new if self.moments is None else self.moments.add_(new)
+        if self.with_inputs:
+            parts = instance_input_moments(x, z, cores, attended)
+            self.inputs = (
+                parts if self.inputs is None else InputMoments(*(s.add_(p) for s, p in zip(self.inputs, parts)))
+            )
+
+    def solve(
+        self, layer: MixLoraLayer, methods: tuple[str, ...]
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+        """Static updates by method, on the CPU, and their relative errors; of those that the sums suffice for."""
+        factors_A, factors_B = layer.mixlora_A[ADAPTER].detach(), layer.mixlora_B[ADAPTER].detach()
+        updates, errors = {}, {}
+        if self.moments is None:  # a layer that no forward pass runs, such as a tower's last
+            E = len(factors_B)
+            nothing = low_rank_pair(factors_A.cpu(), factors_B.cpu(), torch.zeros(E, E))
+            return dict.fromkeys(methods, nothing), dict.fromkeys(methods, 0.0)
+        moments = Moments(*self.moments)
+        entries = layer.settings[ADAPTER].r * layer.settings[ADAPTER].scaling
+        norm = squared_norm(moments, factors_B)
+        cores = {"mean": mean_core(moments, entries), "lstsq": lstsq_core(moments, entries)}
+        for method, core in cores.items():
+            if method in methods:
+                updates[method] = tuple(matrix.cpu() for matrix in low_rank_pair(factors_A, factors_B, core))
+                errors[method] = relative(squared_error(moments, factors_B, core), norm)
+        if self.inputs is not None:
+            weight = regression_map(self.inputs, factors_A, cores["lstsq"])
+            error = squared_error_of_map(moments.power, self.inputs, factors_B, weight)
+            if error < squared_error(moments, factors_B, cores["lstsq"]):
+                updates["regression"] = weight.t().float().cpu().contiguous(), factors_B.t().float().cpu().contiguous()
+                errors["regression"] = relative(error, norm)
+            else:  # nothing to gain but what rounding in float32 makes of it
+                updates["regression"], errors["regression"] = updates["lstsq"], errors["lstsq"]
+        return updates, errors
+
+
+class _Errors:
+    """How far static updates of one layer are from the dynamic one, position by position."""
+
+    def __init__(self, updates: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.updates = updates
+        self.error = dict.fromkeys(updates, 0.0)
+        self.norm = 0.0
+
+    def add(
+        self, layer: MixLoraLayer, adapter: str, x: Tensor, z: Tensor, cores: Tensor, attended: Tensor | None
+    ) -> None:
+        counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if attended is None else attended
+        dynamic = torch.matmul(torch.bmm(z.float(), cores.float()), layer.mixlora_B[adapter].float())[counts]
+        self.norm += float(dynamic.double().square().sum())
+        for method, (down, up) in self.updates.items():
+            static = F.linear(F.linear(x[counts].float(), down.to(x.device)), up.to(x.device))
+            self.error[method] += float((static - dynamic).double().square().sum())
+
+    def relative(self) -> dict[str, float]:
+        return {method: (error / self.norm) ** 0.5 if self.norm else 0.0 for method, error in self.error.items()}
+
+
+@contextmanager
+def _observed(layers: dict[str, MixLoraLayer], observers: dict[str, Observer]) -> Iterator[None]:
+    for name, observer in observers.items():
+        layers[name].observer = observer
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.observer = None
+
+
+def groups_within(sizes: dict[Key, int], most: int) -> list[list[Key]]:
+    """The keys in their order, in groups whose sizes sum to `most` at most; a larger one has a group of its own."""
+    groups: list[list[Key]] = [[]]
+    held = 0
+    for key, size in sizes.items():
+        if groups[-1] and held + size > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(key)
+        held += size
+    return groups
+
+
+def with_images(model: nn.Module, batch: Batch) -> Batch:
+    """LLaVA's batch after it has put the image features into the sequence, which settles mask and labels.
+
+    Args:
+        model: a PeftModel around a LLaVA.
+        batch: `input_ids`, `attention_mask` and `labels` [B, T], and `images` [B, 3, height, width].
+
+    Returns:
+        `inputs_embeds` [B, S, d], `attention_mask` and `labels` [B, S], and `position_ids` (None).
+    """
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    with torch.no_grad():
+        _, positions, mask, _, embeddings, labels = model.get_base_model().prepare_inputs_labels_for_multimodal(
+            batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"].to(model.dtype)
+        )
+    return {"inputs_embeds": embeddings, "position_ids": positions, "attention_mask": mask, "labels": labels}
+
+
+def _predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The supervised tokens [N], and the log-probabilities [N, V] in float32 that the model gives at their places."""
+    with torch.no_grad():
+        logits = model(**batch).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    supervised = labels != IGNORE_INDEX
+    return labels[supervised], logits[supervised].float().log_softmax(dim=-1)
+
+
+def _compare(dynamic: Tensor, static: Tensor, labels: Tensor) -> Tensor:
+    divergence = (dynamic.exp() * (dynamic - static)).sum()
+    same = (dynamic.argmax(dim=-1) == static.argmax(dim=-1)).sum()
+    losses = [F.nll_loss(scores, labels, reduction="sum") for scores in (dynamic, static)]
+    return torch.tensor([float(v) for v in (divergence, same, *losses, len(labels))], dtype=torch.float64)
+
+
+def _agreement(sums: Tensor) -> Agreement:
+    *totals, tokens = sums.tolist()
+    return Agreement(*(total / max(tokens, 1) for total in totals), tokens=int(tokens))
+
+
+def methods_for(method: str) -> tuple[str, ...]:
+    """What is made and judged beside the method that was asked for; `"regression"` is costly, so only then.
+
+    Raises:
+        MixLoraError: there is no such method.
+    """
+    if method not in METHODS:
+        raise MixLoraError(f"--method {method}: expected one of {', '.join(METHODS)}")
+    return METHODS if method == "regression" else METHODS[:2]

@@ -1,0 +1,253 @@
+"""`llava-mixlora merge` and `export-lora`: a static stand-in for an adapter, for programs that know of no MixLoRA.
+
+The base is read tensor by tensor and written shard by shard, so merging takes the memory of one shard and one layer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..adapters.adapter_folder import NON_LORA_TRAINABLES, base_model_of, read_non_lora_trainables
+from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
+from ..adapters.stored_weights import StoredWeights, read_json, weight_files
+from ..errors import MixLoraError
+from ..inference.loading import load_for_inference
+from .calibration import CalibrationData, batches, calibrate, judge, methods_for, read_samples
+from .fidelity import Fidelity
+from .static_adapter import PEFT_PREFIX, SavedAdapter, StaticUpdates
+
+FLAG = "--save-model-path"
+SHARD_SIZE = 2 << 30  # bytes
+BESIDE_THE_WEIGHTS = 64 << 20  # bytes: tokenizer, configuration and report, generously
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def merge(
+    model_path: str | Path,
+    model_base: str | None,
+    output: str | Path,
+    method: str = "lstsq",
+    calibration: CalibrationData | None = None,
+) -> Fidelity:
+    """Write `output`: the base with a static stand-in for the adapter in it, a checkpoint that needs no plugin.
+
+    Args:
+        model_path: the adapter's folder.
+        model_base: its base, a folder or a hub name; by default the one that the adapter names.
+        output: a new folder; it gets the report too, as `merge_report.json` and `merge_report.png`.
+        method: `"mean"`, `"lstsq"` or, with calibration data, `"regression"`; see [`static_core`].
+        calibration: what to make the static updates from, in the place of the statistics of training.
+
+    Returns:
+        How far the result is from the dynamic model.
+
+    Raises:
+        MixLoraError: there are neither statistics nor calibration data, the base is another one than the adapter's,
+            the disk is too small, `output` is there, or a file is missing or damaged. No folder appears then.
+    """
+    adapter, output = SavedAdapter(model_path), Path(output)
+    base = check_merge(adapter, model_base, output)
+    updates, fidelity = static_updates(adapter, base, method, calibration)
+    with new_folder(FLAG, output) as folder:
+        write_merged(adapter, base, updates[method], folder)
+        fidelity.save(folder)
+    return fidelity
+
+
+def export_lora(
+    model_path: str | Path,
+    model_base: str | None,
+    output: str | Path,
+    method: str = "lstsq",
+    calibration: CalibrationData | None = None,
+) -> Fidelity:
+    """Write `output`: a static stand-in for the adapter as a LoRA of rank E for PEFT and for LLaVA's own LoRA branch.
+
+    Arguments, result and errors are those of [`merge`].
+    """
+    adapter, output = SavedAdapter(model_path), Path(output)
+    base = check_merge(adapter, model_base, output, copies_base=False)
+    updates, fidelity = static_updates(adapter, base, method, calibration)
+    with new_folder(FLAG, output) as folder:
+        write_lora(adapter, base_model_of(adapter.folder, model_base), updates[method], folder)
+        fidelity.save(folder)
+    return fidelity
+
+
+def static_updates(
+    adapter: SavedAdapter, base: Path, method: str, calibration: CalibrationData | None
+) -> tuple[dict[str, StaticUpdates], Fidelity]:
+    """By method, the static updates of an adapter (`method`'s, and others that come along), and how good they are."""
+    methods = methods_for(method)
+    fidelity = Fidelity(str(adapter.folder), str(base), method, training=adapter.relative_errors())
+    if calibration is None:
+        return {method: adapter.static_updates(method)}, fidelity
+    fit, held_out = read_samples(calibration)
+    loaded = load_for_inference(adapter.folder, base)
+    model = loaded[1]
+    found = calibrate(model, lambda title: batches(fit, loaded, calibration, title), methods)
+    fidelity.task, fidelity.samples = calibration.task, {"calibration": len(fit), "held out": len(held_out)}
+    fidelity.calibration = found.errors
+    fidelity.heldout, fidelity.agreement = judge(
+        model, lambda title: batches(held_out, loaded, calibration, title), found.updates
+    )
+    return found.updates, fidelity
+
+
+def check_merge(adapter: SavedAdapter, model_base: str | None, output: Path, copies_base: bool = True) -> Path:
+    """What can be known to fail before anything is computed; returns the folder of the base.
+
+    Raises:
+        MixLoraError: `output` is there, the base is missing, quantized or another one than the adapter's, or the disk
+            has no room for the result.
+    """
+    check_output(FLAG, output)
+    base = base_folder(base_model_of(adapter.folder, model_base))
+    stored = StoredWeights(base)
+    for name, layer in adapter.items():
+        _check_fits(f"{name}.weight", [layer.factors_B.shape[1], layer.factors_A.shape[1]], stored, base)
+    beside = adapter.folder / NON_LORA_TRAINABLES
+    size = beside.stat().st_size if beside.is_file() else 0
+    size += sum(file.stat().st_size for file in weight_files(base)) if copies_base else 0
+    check_room(FLAG, output, size + BESIDE_THE_WEIGHTS)
+    return base
+
+
+def write_merged(adapter: SavedAdapter, base: Path, updates: StaticUpdates, folder: Path) -> None:
+    """Write a plain checkpoint into `folder`: the base with `updates` in it, and all that was trained beside them.
+
+    Raises:
+        MixLoraError: a merged weight is not finite in the base's dtype, or the base lacks what the adapter replaces.
+    """
+    replaced = {_name_in_base(name): tensor for name, tensor in adapter.further_tensors().items()}
+    added = read_non_lora_trainables(adapter.folder)
+    stored = StoredWeights(base)
+    for name, tensor in replaced.items():
+        _check_fits(name, list(tensor.shape), stored, base)
+    config = adapter.folder / "config.json"
+    contents = read_json(config if config.is_file() else base / "config.json")
+    contents.pop("quantization_config", None)  # of a run with --bits 4; what is written here is not quantized
+    (folder / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    _write_shards(_merged_tensors(stored, updates, {**replaced, **added}), folder)
+
+
+def write_lora(adapter: SavedAdapter, base: str, updates: StaticUpdates, folder: Path) -> None:
+    """Write a LoRA adapter of PEFT into `folder`, with LLaVA's files beside it; its scaling is 1."""
+    config = adapter.config
+    E = config.num_factors
+    tensors = {name: tensor.contiguous() for name, tensor in adapter.further_tensors().items()}
+    for layer, (down, up) in updates.items():
+        tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = down.contiguous()
+        tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = up.contiguous()
+    LoraConfig(
+        r=E,
+        lora_alpha=E,
+        lora_dropout=0.0,
+        bias={"mixlora_only": "lora_only"}.get(config.bias, config.bias),
+        target_modules=sorted(updates),  # in full: PEFT 0.13 and those before it know no exclude_modules
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    for name in ("config.json", NON_LORA_TRAINABLES):
+        if (adapter.folder / name).is_file():
+            shutil.copyfile(adapter.folder / name, folder / name)
+
+
+def _check_fits(name: str, expected: list[int], stored: StoredWeights, base: Path) -> None:
+    tensor = stored.get(name)
+    found = "absent" if tensor is None else list(tensor.shape)
+    if tensor is not None and not tensor.is_floating_point():
+        raise MixLoraError(
+            f"{base}: its {name} is stored as {tensor.dtype}, so the base is quantized; pass the 16-bit base as "
+            "--model-base"
+        )
+    if found != expected:
+        raise MixLoraError(
+            f"the adapter is for another base: it changes {name} of shape {expected}, which is {found} in {base}; pass "
+            "the --model-base that its training started from"
+        )
+
+
+def _name_in_base(name: str) -> str:
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+
+
+def _merged_tensors(
+    stored: StoredWeights, updates: StaticUpdates, trained: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    dtype = torch.float32
+    for name in tqdm(stored, desc="Merging", unit="tensor"):
+        tensor = stored[name]
+        dtype = tensor.dtype if tensor.is_floating_point() else dtype
+        layer = name.removesuffix(".weight")
+        if name in trained:
+            tensor = trained[name].to(tensor.dtype)
+        if layer in updates and name.endswith(".weight"):
+            down, up = updates[layer]
+            tensor = (tensor.float() + up.float() @ down.float()).to(tensor.dtype)
+            if not tensor.isfinite().all():
+                raise MixLoraError(
+                    f"the merged {name} is not finite in {tensor.dtype}; the adapter is broken or too large"
+                )
+        yield name, tensor
+    for name, tensor in trained.items():
+        if name not in stored:
+            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    shards: list[list[str]] = []
+    total = 0
+
+    def write(shard: dict[str, Tensor]) -> None:
+        shards.append(list(shard))
+        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+
+    shard: dict[str, Tensor] = {}
+    filled = 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if shard and filled + size > SHARD_SIZE:
+            write(shard)
+            shard, filled = {}, 0
+        shard[name] = tensor.clone(memory_format=torch.contiguous_format)  # apart from a storage that others share
+        filled += size
+        total += size
+    write(shard)
+    if len(shards) == 1:
+        (folder / "shard-1").rename(folder / SAFE_WEIGHTS_NAME)
+        return
+    places = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        places.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""MixLoRA as a PEFT method: mathematics, layer, tuner, registration. Imports nothing of LLaVA, nor another room."""

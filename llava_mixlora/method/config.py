@@ -1,0 +1,218 @@
+"""The configuration of a MixLoRA adapter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Literal
+
+from ..errors import MixLoraError
+from .registration import MIXLORA, PeftConfig
+
+ROUTINGS = ("ifs_cfs", "ifs", "random")
+ROUTER_GRADIENTS = ("straight_through", "none")
+ROUTER_SCOPES = ("prompt", "sequence")
+DECODE_ROUTINGS = ("prefill", "step")
+CFS_PRODUCTS = ("inner", "sums")
+BIASES = ("none", "all", "mixlora_only")
+FORMAT_VERSION = 1
+"""Raised when an adapter can no longer be read correctly by the versions of this package before it."""
+
+
+@dataclass
+class MixLoraConfig(PeftConfig):
+    """Configuration of a [`MixLoraModel`] (Shen et al., ACL 2024, section 3).
+
+    Every adapted linear layer owns `num_factors` rank-one factors in pool A and as many in pool B; for each instance
+    the routers choose `r` of each, and the update is scaled by `lora_alpha / r`.
+
+    Raises:
+        ValueError: a field holds a value outside its documented set; the message names it.
+    """
+
+    r: int = field(default=4, metadata={"help": "Factors chosen per instance: the rank of one instance's update."})
+    num_factors: int = field(default=16, metadata={"help": "Rank-one factors in each of the pools A and B (E)."})
+    lora_alpha: float = field(default=32, metadata={"help": "The update is scaled by lora_alpha / r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of pool A, in [0, 1)."})
+    routing: Literal["ifs_cfs", "ifs", "random"] = field(
+        default="ifs_cfs",
+        metadata={
+            "help": "'ifs': both routers look at the instance (the authors' cond_type=input). 'ifs_cfs': router B also "
+            "looks at the chosen A factors (the authors' input_lora_a_param). 'random': the control without routers; a "
+            "fresh draw per instance in training, one fixed draw per layer in evaluation."
+        },
+    )
+    router_gradient: Literal["straight_through", "none"] = field(
+        default="straight_through",
+        metadata={
+            "help": "'straight_through' trains the routers; 'none' leaves them at their initial values, as the "
+            "authors' released code does."
+        },
+    )
+    router_scope: Literal["prompt", "sequence"] = field(
+        default="prompt",
+        metadata={
+            "help": "Positions that the routers average. 'prompt': attended positions before the first supervised "
+            "label (without labels, every attended position). 'sequence': every attended position."
+        },
+    )
+    count_padding: bool = field(
+        default=False, metadata={"help": "Let padding take part in the routers' average, as the authors' code does."}
+    )
+    decode_routing: Literal["prefill", "step"] = field(
+        default="prefill",
+        metadata={
+            "help": "'prefill' routes on the prompt and keeps the routes for every generated token; 'step' routes "
+            "each forward pass on its own input, as the authors' code does."
+        },
+    )
+    cfs_product: Literal["inner", "sums"] = field(
+        default="inner",
+        metadata={
+            "help": "How CFS scores a B factor for a chosen A factor: 'inner' is the paper's inner product; 'sums' is "
+            "the product of the two vectors' sums, which is what the authors' code computes."
+        },
+    )
+    balance_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a term that is added to the loss in training and favours routers which use all factors "
+            "alike (Switch Transformers' load-balancing loss); 0 leaves it out."
+        },
+    )
+    bias: Literal["none", "all", "mixlora_only"] = field(
+        default="none", metadata={"help": "Biases to train: none, all, or those of the adapted layers."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (suffixes) of the linear layers to adapt, a regular expression, or 'all-linear'. Default: "
+            "every linear layer of a Llama or Mistral decoder; for other models what PEFT's LoRA would take."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (suffixes) or a regular expression of layers not to adapt."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the decoder layers to adapt; all of them when unset."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform indexes, such as 'layers'."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "r for layers whose name matches a key (a suffix or regex)."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "lora_alpha for layers whose name matches a key (a suffix or regex)."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start with pool B at zero (no effect). False draws pool B at random; meant for tests."},
+    )
+    format_version: int = field(
+        default=FORMAT_VERSION,
+        metadata={"help": "Version of the saved adapter's format; an adapter of a later one than is known is refused."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MIXLORA
+        self._check_format()
+        self._check_values()
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> MixLoraConfig:
+        """The released behaviour of the authors' code: frozen routers that average every position of every forward.
+
+        `overrides` are further fields, or other values for those that this preset sets.
+        """
+        released = {
+            "router_gradient": "none",
+            "router_scope": "sequence",
+            "count_padding": True,
+            "decode_routing": "step",
+            "cfs_product": "sums",
+        }
+        return cls(**{**released, **overrides})
+
+    def rank_of(self, layer: str) -> int:
+        """r in the layer of this name: that of the first key of `rank_pattern` that matches it, or else `r`."""
+        return _first_match(self.rank_pattern, layer, self.r)
+
+    def alpha_of(self, layer: str) -> float:
+        """lora_alpha in the layer of this name, as [`rank_of`](MixLoraConfig.rank_of)."""
+        return _first_match(self.alpha_pattern, layer, self.lora_alpha)
+
+    def _check_format(self) -> None:
+        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+            raise MixLoraError(
+                f"format_version={self.format_version!r}: saved by a newer llava-mixlora; llava-mixlora "
+                f"{version('llava-mixlora')}, installed here, reads formats up to {FORMAT_VERSION}; upgrade it"
+            )
+
+    def _check_values(self) -> None:
+        for name in ("num_factors", "r"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise MixLoraError(f"{name}={value!r}: expected a whole number of at least 1")
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}}
+        for name, rank in ranks.items():
+            if not 1 <= rank <= self.num_factors:
+                raise MixLoraError(
+                    f"{name}={rank}: expected 1 to num_factors={self.num_factors}, since r factors are chosen out of "
+                    "num_factors; lower the rank or raise num_factors"
+                )
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise MixLoraError(f"lora_dropout={self.lora_dropout!r}: expected a number in [0, 1)")
+        self._check_balance()
+        choices = {
+            "routing": ROUTINGS,
+            "router_gradient": ROUTER_GRADIENTS,
+            "router_scope": ROUTER_SCOPES,
+            "decode_routing": DECODE_ROUTINGS,
+            "cfs_product": CFS_PRODUCTS,
+            "bias": BIASES,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise MixLoraError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, known))}")
+        for name in ("target_modules", "exclude_modules"):
+            pattern = getattr(self, name)
+            if isinstance(pattern, str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise MixLoraError(f"{name}={pattern!r}: not a valid regular expression ({error})") from None
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise MixLoraError(
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, but "
+                f"target_modules={self.target_modules!r} is a string; put the layer indices into the expression"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise MixLoraError(
+                f"layers_pattern={self.layers_pattern!r} has no meaning without layers_to_transform; set both or none"
+            )
+
+    def _check_balance(self) -> None:
+        weight = self.balance_loss_weight
+        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise MixLoraError(f"balance_loss_weight={weight!r}: expected a number of at least 0")
+        if weight > 0 and (self.router_gradient == "none" or self.routing == "random"):
+            what = "router_gradient='none'" if self.router_gradient == "none" else "routing='random'"
+            raise MixLoraError(
+                f"balance_loss_weight={weight!r} trains the routers, but {what} leaves none to train; set it to 0 or "
+                "choose another"
+            )
+
+
+def _first_match(patterns: dict[str, Any], layer: str, default: Any) -> Any:
+    # Whole parts of a name from its end, as LoRA matches them in PEFT.
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)

@@ -1,0 +1,205 @@
+"""The PEFT tuner that puts MixLoRA layers into a model."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..errors import MixLoraError
+from . import routing_scope
+from .config import MixLoraConfig
+from .layer import LayerSettings, MixLoraLayer, MixLoraLinear
+from .mixture import Route
+from .registration import BaseTuner, BaseTunerLayer
+
+USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
+LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BASE_MODEL = "__base__"
+"""PEFT's name, in `adapter_names`, for an instance without an adapter."""
+
+
+class MixLoraModel(BaseTuner):
+    """A model whose targeted linear layers are [`MixLoraLayer`]s; made by `peft.get_peft_model`.
+
+    Raises:
+        ValueError: no module matches `target_modules`, or the base model's defaults are unknown and it is unset.
+        TypeError: a targeted module is not a linear layer.
+    """
+
+    prefix = "mixlora_"
+    tuner_layer_cls = MixLoraLayer
+    # The paper adapts every linear layer of the language model (section 4.2, "Implementation Details").
+    # Other models follow LoRA's table, also where a program enters its own models into it later.
+    target_module_mapping = ChainMap(
+        dict.fromkeys(("llama", "llava_llama", "mistral", "llava_mistral"), LLAMA_LINEAR_LAYERS),
+        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    )
+
+    def routes(self, adapter_name: str = "default") -> dict[str, Route]:
+        """The route that each adapted layer took in its last forward pass, by layer name (see [`Route`])."""
+        return {
+            name: module.last_routes[adapter_name]
+            for name, module in self.model.named_modules()
+            if isinstance(module, MixLoraLayer) and adapter_name in module.last_routes
+        }
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MixLoraConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # LLaVA's train() hands in a state dict of parameters only; the statistics are buffers.
+        return {**selected, **_statistics(model, adapter_name)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MixLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # Adapters that were saved without statistics are complete; PEFT would warn of missing weights.
+        complete = {**_statistics(model, adapter_name), **remapped}
+        return {name: value.view(torch.int64) if MOMENTS in name else value for name, value in complete.items()}
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, as one generation: with `"prefill"` the prompt's routes hold throughout."""
+        with routing_scope.generation():
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """Run the body, a forward pass or a generation, with one adapter per instance; PEFT's models call it.
+
+        Raises:
+            ValueError: the model is in training mode, or an adapter does not exist.
+        """
+        if adapter_names is None:
+            yield
+            return
+        self._check_adapter_names(adapter_names)
+        # Generation repeats every prompt for its beams or continuations before the first forward pass.
+        repeats = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
+        adapter_names = [name for name in adapter_names for _ in range(repeats)]
+        caller = threading.get_ident()
+
+        def name_adapters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            # Hooks belong to the model, which another thread may be using for other instances.
+            return args, {**kwargs, "adapter_names": adapter_names} if threading.get_ident() == caller else kwargs
+
+        wrappers = [m for m in self.modules() if isinstance(m, (MixLoraLayer, ModulesToSaveWrapper))]
+        hooks = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
+        if self.training:
+            raise MixLoraError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call eval() first, or set_adapter()"
+            )
+        if unknown := sorted(set(adapter_names) - {BASE_MODEL, *self.peft_config}):
+            raise MixLoraError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; expected {BASE_MODEL} or one of "
+                f"{', '.join(self.peft_config)}"
+            )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT puts new parameters in the place of half precision ones, and what was frozen would train.
+        trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trains[name])
+
+    def _post_injection_hook(self, model: nn.Module, config: MixLoraConfig, adapter_name: str) -> None:
+        routing_scope.attach(model)
+
+    def _create_and_replace(
+        self,
+        config: MixLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        settings = LayerSettings.from_config(
+            config,
+            r=config.rank_of(current_key),
+            lora_alpha=config.alpha_of(current_key),
+            seed=zlib.crc32(current_key.encode()),
+        )
+        if isinstance(target, MixLoraLayer):
+            target.update_layer(adapter_name, config, settings)
+            return
+        layer = MixLoraLinear(target, adapter_name, config, settings)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Add the static updates of adapters (the active ones) to the base; `unmerge_adapter` takes them back.
+
+        Raises:
+            MixLoraError: a layer has no statistics to make a static update from, or a merged weight is not finite; then
+                nothing is merged.
+        """
+        self._check_static_updates(adapter_names)
+        unmerged = [layer for layer in self._layers() if not layer.merged]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except MixLoraError:
+            for layer in unmerged:
+                if layer.merged:
+                    layer.unmerge()
+            raise
+
+    def _check_static_updates(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            for adapter in layer.active_adapters if adapter_names is None else adapter_names:
+                if adapter in layer.mixlora_A:
+                    layer.static_update(adapter)
+
+    def _layers(self) -> list[MixLoraLayer]:
+        return [module for module in self.model.modules() if isinstance(module, MixLoraLayer)]
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_static_updates(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            routing_scope.detach(model)
+        return model
+
+
+def _statistics(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """By name: the counts of choices, and the moments as the float64 numbers that their bits are."""
+    statistics = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_stats_usage:
+            moments = module.mixlora_stats_moments[adapter_name].view(torch.float64)
+            for kind, value in ((USAGE, module.mixlora_stats_usage[adapter_name]), (MOMENTS, moments)):
+                statistics[f"{name}.{kind}.{adapter_name}".lstrip(".")] = value
+    return statistics

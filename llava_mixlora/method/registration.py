@@ -1,0 +1,62 @@
+"""Makes PEFT know the type MIXLORA, without editing PEFT, and finds the base classes that fit the installed version."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import peft
+import torch
+from aenum import extend_enum
+from packaging.version import Version
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+
+if TYPE_CHECKING:
+    from .config import MixLoraConfig
+    from .model import MixLoraModel
+
+if Version(torch.__version__) < Version("2.4"):
+    # LLaVA's metadata pins 2.1, which cannot tell whether autocast is on for a device.
+    raise ImportError(f"torch {torch.__version__}: expected 2.4 or newer; run: pip install 'torch>=2.4'")
+
+installed = Version(version("peft"))
+if installed >= Version("0.21"):
+    from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+elif installed < Version("0.14"):
+    from .older_peft import BaseTuner, BaseTunerLayer, PeftConfig
+else:
+    raise ImportError(
+        f"peft {installed}: expected 0.21 or newer, or 0.13.2 beside transformers 4.37; run: pip install 'peft>=0.21.2'"
+    )
+
+__all__ = ["MIXLORA", "BaseTuner", "BaseTunerLayer", "PeftConfig", "register"]
+
+
+def _extended_peft_type() -> PeftType:
+    # Python refuses to subclass an enum that has members, and PEFT keys every table by this one.
+    if "MIXLORA" not in PeftType.__members__:
+        extend_enum(PeftType, "MIXLORA", "MIXLORA")
+    return PeftType["MIXLORA"]
+
+
+MIXLORA: PeftType = _extended_peft_type()
+"""The member that this plugin adds to `peft.utils.PeftType`."""
+
+
+def register(config_cls: type[MixLoraConfig], model_cls: type[MixLoraModel]) -> None:
+    """Enter the method into PEFT's tables (`peft.utils.register_peft_method`); does nothing the second time."""
+    if MIXLORA in PEFT_TYPE_TO_TUNER_MAPPING:
+        return
+    if installed >= Version("0.21"):
+        from peft.utils import register_peft_method
+
+        register_peft_method(name="mixlora", config_cls=config_cls, model_cls=model_cls)
+        return
+    from ..patches import peft_save_and_load
+
+    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MIXLORA] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[MIXLORA] = peft.peft_model.PEFT_TYPE_TO_MODEL_MAPPING[MIXLORA] = model_cls
+    for patch in peft_save_and_load.PATCHES:
+        patch.apply()

@@ -1,0 +1,1 @@
+"""The data of the embedded default: instruction tasks over real images."""

@@ -1,0 +1,1 @@
+"""Experiments whose figures are published in `results/`."""

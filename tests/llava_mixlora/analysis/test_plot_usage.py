@@ -1,0 +1,48 @@
+"""The picture that `llava-mixlora plot` draws."""
+
+import sys
+
+import pytest
+from peft import get_peft_model
+from PIL import Image
+
+from llava_mixlora import MixLoraConfig
+from llava_mixlora.cli import main
+
+from ...tiny import random_ids
+
+
+@pytest.fixture
+def adapter(llama, tmp_path):
+    model = get_peft_model(llama, MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM")).train()
+    model(input_ids=random_ids(3, 5))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_picture_is_drawn(adapter, tmp_path, capsys):
+    assert main(["plot", str(adapter)]) == 0
+    assert str(adapter / "usage.png") in capsys.readouterr().out
+    assert main(["plot", str(adapter), "--output", str(tmp_path / "new" / "other.png")]) == 0
+    for file in (adapter / "usage.png", tmp_path / "new" / "other.png"):
+        with Image.open(file) as picture:
+            assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_adapter_without_statistics_is_refused(llama, tmp_path, capsys):
+    get_peft_model(llama, MixLoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    assert main(["plot", str(tmp_path)]) == 1
+    assert "holds no routing statistics" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_config.json/usage.png", "usage.nonsense"])
+def test_output_that_cannot_be_written_is_named(adapter, tmp_path, name, capsys):
+    assert main(["plot", str(adapter), "--output", str(tmp_path / name)]) == 1
+    assert f"--output {tmp_path / name} cannot be written" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_missing_matplotlib_is_one_line(adapter, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # what Python notes of a module that is not there
+    assert main(["plot", str(adapter)]) == 1
+    assert "plot needs matplotlib; pip install 'llava-mixlora[eval]'" in capsys.readouterr().err.splitlines()[-1]

@@ -1,0 +1,333 @@
+"""`llava-mixlora merge` and `export-lora`, and what programs without the plugin make of the results."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from llava_mixlora import MixLoraError
+from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
+from llava_mixlora.cli import main
+from llava_mixlora.merging import calibration, merge
+from llava_mixlora.merging.calibration import CalibrationData
+from llava_mixlora.merging.fidelity import Fidelity
+
+from ...tiny import plain, write_adapter
+
+PROMPT = [[1, 5, -200, 7, 8, 9]]
+
+WITHOUT_THE_PLUGIN = """
+import sys, torch
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "llava_mixlora":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+ids = torch.tensor([[1, 5, -200, 7, 8, 9]])
+images = torch.load(sys.argv[1])
+"""
+GENERATE = """
+tokenizer, model, processor, _ = load_pretrained_model(sys.argv[2], None, "llava-merged", device="cpu")
+answer = model.generate(ids, images=images.half(), do_sample=False, max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+assert answer.shape[1] >= 4 and processor is not None
+model = LlavaLlamaForCausalLM.from_pretrained(sys.argv[2])
+model.get_vision_tower().load_model()
+torch.save(model(input_ids=ids, images=images).logits.detach(), sys.argv[3])
+"""
+MERGE_LORA_WEIGHTS = """
+tokenizer, model, processor, _ = load_pretrained_model(sys.argv[2], sys.argv[4], "llava-exported-lora", device="cpu")
+model.save_pretrained(sys.argv[3])
+tokenizer.save_pretrained(sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def base(llava_folder):
+    return llava_folder
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    """Upstream's checkpoint holds the vision tower twice, and transformers reports that at length."""
+    caplog.set_level("ERROR", logger="transformers.modeling_utils")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    file = tmp_path_factory.mktemp("images") / "images.pt"
+    torch.save(torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(3)), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    return write_adapter(base, tmp_path_factory.mktemp("llava-mixlora"))
+
+
+@pytest.fixture
+def untrained(base, tmp_path):
+    return write_adapter(base, tmp_path / "llava-untrained-mixlora", trained=False)
+
+
+def given(data, **options):
+    return CalibrationData(str(data / "data.json"), **{"image_folder": str(data), "batch_size": 4, **options})
+
+
+def with_projector(base, adapter):
+    model = plain(base)
+    beside = torch.load(adapter / NON_LORA_TRAINABLES)
+    model.load_state_dict({name.removeprefix("base_model.model."): p for name, p in beside.items()}, strict=False)
+    return model
+
+
+def logits(model, images):
+    model.get_model().get_vision_tower().load_model()
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(PROMPT), images=torch.load(images)).logits
+
+
+def assert_same(found, expected):
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def run(program, *arguments):
+    words = [sys.executable, "-c", WITHOUT_THE_PLUGIN + program, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# --- merging
+
+
+@pytest.mark.slow
+def test_merged_checkpoint_serves_where_the_plugin_is_absent(base, adapter, images, tmp_path, capsys):
+    assert main(["merge", "--model-path", str(adapter), "--save-model-path", str(tmp_path / "llava-merged")]) == 0
+    assert "mean over the layers" in capsys.readouterr().out
+    run(GENERATE, images, tmp_path / "llava-merged", tmp_path / "logits.pt")
+    model = PeftModel.from_pretrained(with_projector(base, adapter), adapter)
+    dynamic = logits(model, images)
+    merged = logits(model.merge_and_unload(), images)
+    assert_same(torch.load(tmp_path / "logits.pt"), merged)
+    assert (dynamic - merged).abs().max() > 1e-3 * merged.abs().max()
+
+
+def test_merged_checkpoint_in_shards_is_the_same(base, adapter, images, tmp_path, monkeypatch):
+    merge.merge(adapter, None, tmp_path / "llava-whole")
+    monkeypatch.setattr(merge, "SHARD_SIZE", 20_000)
+    merge.merge(adapter, None, tmp_path / "llava-shards")
+    shards = sorted(file.name for file in (tmp_path / "llava-shards").glob("*.safetensors"))
+    assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    assert torch.equal(
+        logits(plain(tmp_path / "llava-shards"), images), logits(plain(tmp_path / "llava-whole"), images)
+    )
+
+
+def test_merging_keeps_the_dtype_of_the_base_and_drops_quantization(base, adapter, tmp_path):
+    half = tmp_path / "half"
+    plain(base).half().save_pretrained(half)
+    quantized = shutil.copytree(adapter, tmp_path / "llava-4bit-mixlora")
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    (quantized / "config.json").write_text(json.dumps(config))
+    merge.merge(quantized, str(half), tmp_path / "merged")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float16}
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["mean", "lstsq", "regression"])
+def test_one_route_for_all_inputs_merges_exactly_by_every_method(base, data, images, tmp_path, method):
+    adapter = write_adapter(base, tmp_path / "llava-one-route-mixlora", one_route=True)
+    fidelity = merge.merge(adapter, None, tmp_path / "llava-merged", method, given(data))
+    dynamic = logits(PeftModel.from_pretrained(with_projector(base, adapter), adapter), images)
+    assert_same(logits(plain(tmp_path / "llava-merged"), images), dynamic)
+    assert all(error < 1e-4 for row in fidelity.heldout.values() for error in row.values())
+    assert fidelity.agreement[method].kl < 1e-5 and fidelity.agreement[method].same_token == 1
+
+
+# --- exporting
+
+
+@pytest.mark.slow
+def test_exported_lora_passes_through_stock_peft_and_llavas_own_merge(base, adapter, images, tmp_path):
+    exported = tmp_path / "llava-exported-lora"
+    assert main(["export-lora", "--model-path", str(adapter), "--save-model-path", str(exported)]) == 0
+    model = PeftModel.from_pretrained(with_projector(base, adapter), exported)
+    assert type(model.peft_config["default"]) is LoraConfig and model.peft_config["default"].r == 6
+    found = logits(model, images)
+    expected = logits(PeftModel.from_pretrained(with_projector(base, adapter), adapter).merge_and_unload(), images)
+    assert_same(found, expected)
+    run(MERGE_LORA_WEIGHTS, images, exported, tmp_path / "llava-merged", base)
+    merged = logits(plain(tmp_path / "llava-merged").float(), images)
+    assert (merged - expected).abs().max() < 0.01 * expected.abs().max()  # upstream merges in float16
+
+
+# --- calibration and the report
+
+
+def test_calibrated_merge_reports_three_methods_each_no_worse_than_the_one_before(untrained, data, tmp_path, capsys):
+    words = ["--model-path", untrained, "--save-model-path", tmp_path / "out", "--method", "regression"]
+    words += ["--calibration", data / "data.json", "--image-folder", data, "--version", "llava_v1", "--batch-size", 3]
+    assert main(["merge", *map(str, words)]) == 0
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["samples"] == {"calibration": 18, "held out": 2} and report["training"] == {}
+    assert len(report["calibration"]) == len(report["heldout"]) == 14
+    for row in report["calibration"].values():
+        assert 0 <= row["regression"] <= row["lstsq"] + 1e-6 and row["lstsq"] <= row["mean"] + 1e-6
+    assert set(report["agreement"]) == {"mean", "lstsq", "regression"}
+    assert report["agreement"]["lstsq"]["kl"] > 0 and report["agreement"]["lstsq"]["tokens"] > 2
+    assert (tmp_path / "out" / "merge_report.png").read_bytes().startswith(b"\x89PNG")
+    assert "held-out tokens" in capsys.readouterr().out
+
+
+def test_report_lists_layers_in_one_order():
+    names = ["layers.10.up", "layers.2.up", "layers.2.down"]
+    errors = {name: {"mean": 0.5} for name in names}
+    backwards = dict(reversed(errors.items()))
+    lines = list(Fidelity("adapter", "base", "mean", training=errors, heldout=backwards).lines())
+    listed = [line.split()[0] for line in lines if line.startswith("layers.")]
+    assert listed == 2 * ["layers.2.down", "layers.2.up", "layers.10.up"]
+
+
+@pytest.mark.slow
+def test_regression_in_several_passes_is_the_same(untrained, data, tmp_path, monkeypatch):
+    results = []
+    for room in (calibration.INPUT_SUMS, 8 * 48**2):
+        monkeypatch.setattr(calibration, "INPUT_SUMS", room)
+        merge.export_lora(untrained, None, tmp_path / str(room), "regression", given(data))
+        results.append(load_file(tmp_path / str(room) / "adapter_model.safetensors"))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, atol=1e-4, rtol=1e-4)
+
+
+def test_each_task_has_a_static_stand_in_of_its_own(untrained, data, tmp_path):
+    for task in ("color", "shape"):
+        fidelity = merge.export_lora(untrained, None, tmp_path / task, "lstsq", given(data, task=task))
+        assert fidelity.task == task and fidelity.samples == {"calibration": 9, "held out": 1}
+    color, shape = (load_file(tmp_path / task / "adapter_model.safetensors") for task in ("color", "shape"))
+    assert any(not torch.equal(color[name], shape[name]) for name in color)
+
+
+# --- what cannot be merged
+
+
+def message_of(*arguments, **options):
+    with pytest.raises(MixLoraError) as error:
+        merge.merge(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_adapter_without_statistics_asks_for_calibration_data(untrained, tmp_path):
+    assert "add --calibration DATA" in message_of(untrained, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_regression_asks_for_calibration_data(adapter, tmp_path):
+    assert "--method regression needs data" in message_of(adapter, None, tmp_path / "out", "regression")
+
+
+def test_calibration_data_without_images_are_refused(adapter, data, tmp_path):
+    samples = json.loads((data / "data.json").read_text())
+    bare = [{"id": sample["id"], "conversations": sample["conversations"]} for sample in samples]
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    found = message_of(adapter, None, tmp_path / "out", calibration=CalibrationData(str(tmp_path / "bare.json")))
+    assert "none of its samples has an image" in found
+    assert "--image-folder" in message_of(adapter, None, tmp_path / "out", calibration=given(data, image_folder=None))
+    missing = given(data, image_folder=str(tmp_path))
+    assert "no such image" in message_of(adapter, None, tmp_path / "out", calibration=missing)
+
+
+def test_task_that_the_data_do_not_have_is_named_with_those_they_have(adapter, data, tmp_path):
+    found = message_of(adapter, None, tmp_path / "out", calibration=given(data, task="size"))
+    assert "--task size" in found and "color, shape" in found
+
+
+def test_base_that_does_not_match_is_refused(adapter, llama_folder, clip_folder, base, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 32)
+    save_file(tensors, other / "model.safetensors")
+    found = message_of(adapter, str(other), tmp_path / "out")
+    assert "for another base" in found and "model.layers.0.mlp.up_proj.weight" in found
+    assert "absent" in message_of(adapter, str(clip_folder), tmp_path / "out")
+
+
+def test_quantized_base_is_refused(adapter, base, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    for name in tensors:
+        if "q_proj" in name:
+            tensors[name] = torch.zeros(512, 1, dtype=torch.uint8)
+    save_file(tensors, other / "model.safetensors")
+    assert "16-bit base" in message_of(adapter, str(other), tmp_path / "out")
+
+
+def test_full_disk_is_known_before_anything_is_written(adapter, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    found = message_of(adapter, None, tmp_path / "deep" / "out")
+    assert "are needed" in found and not (tmp_path / "deep").exists()
+
+
+def test_existing_target_is_refused(adapter, tmp_path):
+    (tmp_path / "notes.txt").write_text("keep me")
+    assert "is not an empty folder" in message_of(adapter, None, tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "keep me"
+
+
+def test_interrupted_merging_leaves_no_folder(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "SHARD_SIZE", 20_000)
+    written = []
+
+    def interrupted(tensors, file, metadata):
+        written.append(file)
+        save_file(tensors, file, metadata)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(merge, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge.merge(adapter, None, tmp_path / "out")
+    assert len(written) == 2 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_merging_leaves_nothing_that_looks_finished_and_the_next_clears_up(adapter, tmp_path):
+    program = """
+import os, signal, sys
+from llava_mixlora.merging import merge
+merge.SHARD_SIZE, save_file = 20_000, merge.save_file
+def save(tensors, file, metadata):
+    save_file(tensors, file, metadata)
+    if file.name == "shard-2":
+        os.kill(os.getpid(), signal.SIGKILL)
+merge.save_file = save
+merge.merge(sys.argv[1], None, sys.argv[2])
+"""
+    output = tmp_path / "llava-merged"
+    done = subprocess.run([sys.executable, "-c", program, str(adapter), str(output)], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".") and {file.name for file in left.iterdir()} >= {"shard-1", "shard-2"}
+    assert not (left / "model.safetensors").exists() and not list(left.glob("*.index.json"))
+    merge.merge(adapter, None, output)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_broken_adapter_is_not_merged(adapter, tmp_path):
+    broken = shutil.copytree(adapter, tmp_path / "llava-broken-mixlora")
+    tensors = load_file(broken / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.mlp.up_proj.mixlora_B"][0, 0] = torch.nan
+    save_file(tensors, broken / "adapter_model.safetensors")
+    assert "is not finite" in message_of(broken, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
