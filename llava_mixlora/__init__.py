@@ -23,9 +23,14 @@ try:
         from .method.config import MixLoraConfig
         from .method.layer import MixLoraLayer
         from .method.model import MixLoraModel
-        from .method.registration import register
+        from .method.registration import KNOWS_NO_OTHER_TYPE, register
 
     register(MixLoraConfig, MixLoraModel)
+    if KNOWS_NO_OTHER_TYPE:
+        from .patches import peft_save_and_load
+
+        for patch in peft_save_and_load.PATCHES:
+            patch.apply()
 except Exception as error:  # what an installation in pieces raises can be anything
     import_error = error
 

@@ -17,6 +17,29 @@ from .errors import MixLoraError
 SERVERS = ("llava.serve.controller", "llava.serve.model_worker")
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `run` to its parser; its words are read by [`run_words`]."""
+    parser.usage = "llava-mixlora run [-h] (-m MODULE | SCRIPT.py) [ARGS ...]"
+    parser.description = (
+        "Run a LLaVA entry point, unchanged, with the plugin active. Under a launcher: "
+        "deepspeed --module llava_mixlora run ..., torchrun -m llava_mixlora run ..."
+    )
+    parser.epilog = "example: llava-mixlora run -m llava.serve.cli --model-path OUT --image-file IMG --device cpu"
+
+
+def run_words(launcher_flags: list[str], words: list[str]) -> None:
+    """Run what the words of the command line name, with what a launcher has put before them.
+
+    Raises:
+        MixLoraError: they name nothing to run, or as [`run`].
+    """
+    as_module = words[:1] == ["-m"]
+    words = words[1:] if as_module else words
+    if not words:
+        raise MixLoraError("run: nothing to run; expected -m MODULE or SCRIPT.py, such as -m llava.train.train_mem")
+    run(words[0], launcher_flags + words[1:], as_module)
+
+
 def run(target: str, arguments: list[str], as_module: bool) -> None:
     """Apply the patches, then run `python -m target` or `python target` in this process.
 

@@ -13,10 +13,11 @@ from . import (
     llava_train,
     llava_trainer,
     llava_trainer_checkpoints,
+    peft_save_and_load,
     transformers_config,
     transformers_trainer,
 )
-from .patch import Patch, PatchError
+from .patch import KINDS, Patch, PatchError
 
 # LLaVA cannot be imported before transformers has back what it imports, so the order matters.
 PATCHES: tuple[Patch, ...] = (
@@ -33,7 +34,10 @@ PATCHES: tuple[Patch, ...] = (
     *deepspeed_zero3.PATCHES,
 )
 
-__all__ = ["PATCHES", "Patch", "PatchError", "apply", "undo"]
+OF_THE_METHOD: tuple[Patch, ...] = peft_save_and_load.PATCHES
+"""Those that `import llava_mixlora` applies, with LLaVA or without."""
+
+__all__ = ["KINDS", "OF_THE_METHOD", "PATCHES", "Patch", "PatchError", "apply", "undo"]
 
 
 def apply(program: str | None = None) -> None:

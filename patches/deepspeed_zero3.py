@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .patch import Patch
+from .patch import FAULT, Patch
 
 
 def _join_processes_first(original: type) -> type:
@@ -63,11 +63,13 @@ def cast_for_zero3(model: nn.Module, dtype: torch.dtype | None) -> None:
 PATCHES = (
     Patch(
         "llava.train.train:TrainingArguments",
+        kind=FAULT,
         why="the model is loaded in partitions, for which DeepSpeed must know the other processes, on a CPU too",
         replace=_join_processes_first,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.__init__",
+        kind=FAULT,
         why="casts do not reach partitions, and adapters are added in float32 to a model that is partitioned already",
         replace=_cast_model,
     ),

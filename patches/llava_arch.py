@@ -8,7 +8,7 @@ from typing import Any
 
 from llava_mixlora.method.routing_scope import refine
 
-from .patch import Patch
+from .patch import METHOD, Patch
 
 
 def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -26,6 +26,7 @@ def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..
 PATCHES = (
     Patch(
         "llava.model.llava_arch:LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal",
+        kind=METHOD,
         why="the mask and the labels of the sequence that the layers see, image features included, first exist here",
         replace=_tell_routing_scope,
         parameters=("position_ids", "attention_mask", "labels"),  # those that take positions return six values

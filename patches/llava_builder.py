@@ -19,8 +19,8 @@ from llava_mixlora.adapters.adapter_folder import (
 from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.errors import MixLoraError
 
-from .llava_train import NOT_THE_LANGUAGE_MODEL
-from .patch import ANY_KEYWORD, Patch
+from ..adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
+from .patch import ANY_KEYWORD, FAULT, METHOD, Patch
 
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
 
@@ -97,18 +97,21 @@ def _flash_attention_where_it_runs(original: Callable[..., Loaded]) -> Callable[
 PATCHES = (
     Patch(
         "llava.model.builder:load_pretrained_model",
+        kind=METHOD,
         why="upstream merges every adapter into its base, and asks for the base even where the adapter names it",
         replace=_load_mixlora,
         parameters=("model_path", "model_base", "model_name", ANY_KEYWORD),
     ),
     Patch(
         "llava.model.builder:load_pretrained_model",
+        kind=FAULT,
         why="a loaded model keeps the padding side of its training, the right, and in a batch (as lmms-eval asks) "
         "generate() then goes on from the padding of shorter prompts (haotian-liu/LLaVA#754)",
         replace=_pad_on_the_left,
     ),
     Patch(
         "llava.model.builder:load_pretrained_model",
+        kind=FAULT,
         why="use_flash_attn, which model_worker has a flag for, fails where flash-attn is not installed or sees no GPU",
         replace=_flash_attention_where_it_runs,
     ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .patch import Patch
+from .patch import COMPATIBILITY, FAULT, Patch
 
 NEVER_QUANTIZED = ["mm_projector", "vision_tower", "vision_resampler"]
 # transformers 5 matches from the start of a module's full name, such as model.mm_projector.0; before, it looked inside.
@@ -67,18 +67,21 @@ def _drop_cache_position(original: Callable[..., Any]) -> Callable[..., Any]:
 PATCHES = (
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.forward",
+        kind=COMPATIBILITY,
         why="generate() passes a cache_position, which LLaVA's forward() does not take (haotian-liu/LLaVA#1218)",
         replace=_drop_cache_position,
         requires={"transformers": ">=4.38,<5.4"},
     ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
+        kind=COMPATIBILITY,
         why="LLaVA passes load_in_4bit beside a quantization_config that says the same, which transformers refuses",
         replace=_one_quantization_setting,
         requires={"transformers": ">=4.38"},
     ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
+        kind=COMPATIBILITY,
         why="transformers 5 now quantizes the projector that train() excludes by another name, and that the builder "
         "fills with 16-bit weights, and no longer makes the rest of a quantized model float16, which the builder's "
         "images are",
@@ -87,12 +90,14 @@ PATCHES = (
     ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
+        kind=FAULT,
         why="transformers quantizes the projector too, which the builder then fills with 16-bit weights",
         replace=_quantize_the_language_model_only(NEVER_QUANTIZED),
         requires={"transformers": "<5"},
     ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
+        kind=COMPATIBILITY,
         why="the builder passes load_in_8bit outside of a quantization_config, where transformers 5 does not know it, "
         "and where no one can leave the projector out",
         replace=_load_in_8bit_as_configuration,

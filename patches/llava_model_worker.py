@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .patch import Patch
+from .patch import FAULT, Patch
 
 MODULE = "llava.serve.model_worker"
 
@@ -116,6 +116,7 @@ def _beat_aside(original: Callable[[Any], None]) -> Callable[[Any], None]:
 PATCHES = (
     Patch(
         f"{MODULE}:TextIteratorStreamer",
+        kind=FAULT,
         why="upstream gives up an answer whose next token takes 15 seconds, as it may without a GPU, and goes on "
         "generating when the client is gone",
         replace=_stream_without_time_limit,
@@ -123,12 +124,14 @@ PATCHES = (
     ),
     Patch(
         f"{MODULE}:Thread",
+        kind=FAULT,
         why="a generation that fails in its thread would leave its request, which cannot know, waiting",
         replace=_end_stream_with_thread,
         program=True,
     ),
     Patch(
         f"{MODULE}:ModelWorker.generate_stream",
+        kind=FAULT,
         why="a prompt with <image> but no image would look up token -200, which on a GPU ends all later requests too",
         replace=_refuse_missing_images,
         parameters=("params",),
@@ -136,6 +139,7 @@ PATCHES = (
     ),
     Patch(
         f"{MODULE}:release_model_semaphore",
+        kind=FAULT,
         why="upstream releases an asyncio.Semaphore from other threads, where neither count nor waiters are safe",
         replace=_release_in_the_event_loop,
         parameters=("fn",),
@@ -143,6 +147,7 @@ PATCHES = (
     ),
     Patch(
         f"{MODULE}:ModelWorker.send_heart_beat",
+        kind=FAULT,
         why="every request tells the controller first, and while that does not answer the worker would answer nobody",
         replace=_beat_aside,
         program=True,

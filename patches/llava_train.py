@@ -13,18 +13,16 @@ from typing import Any, Optional
 import torch
 from transformers import PretrainedConfig, set_seed
 
+from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 from llava_mixlora.attention import available_attention
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
-from llava_mixlora.preflight import check_training_inputs
 from llava_mixlora.training.checkpoint import check_same_adapter
+from llava_mixlora.training.preflight import check_training_inputs
 
-from .patch import Patch
+from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
-# As `find_all_linear_names`. It names the kinds of layers only, and a CLIP tower, not loaded yet when train() makes the
-# adapter, has layers of the same names when the adapter is loaded again.
-NOT_THE_LANGUAGE_MODEL = r".*(mm_projector|vision_tower|vision_resampler).*"
 PRESETS = {None: MixLoraConfig, "paper": MixLoraConfig.paper}
 
 
@@ -209,35 +207,41 @@ def _store_adapter_in_bfloat16(model: Any) -> None:
 PATCHES = (
     Patch(
         "llava.train.train:TrainingArguments",
+        kind=METHOD,
         why="train() parses its flags into this class, and MixLoRA has flags of its own",
         replace=_with_flags(MixLoraArguments),
         parameters=("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "bits"),
     ),
     Patch(
         "llava.train.train:TrainingArguments",
+        kind=COMPATIBILITY,
         why="upstream's scripts pass --evaluation_strategy, which transformers has renamed",
         replace=_with_flags(EvaluationStrategy),
         requires={"transformers": ">=4.51"},
     ),
     Patch(
         "llava.train.train:TrainingArguments",
+        kind=COMPATIBILITY,
         why="upstream's scripts pass flags that transformers 5 has renamed",
         replace=_with_flags(RenamedArguments),
         requires={"transformers": ">=5"},
     ),
     Patch(
         "llava.train.train:train",
+        kind=FAULT,
         why="bad input should be named before the model is loaded, and flash attention may not be installed",
         replace=_train_checked,
         parameters=("attn_implementation",),
     ),
     Patch(
         "llava.train.train:LlavaLlamaForCausalLM",
+        kind=FAULT,
         why="train() takes every model for a Llama, after which a Mistral loses its attention window and its name",
         replace=_class_of_the_model,
     ),
     Patch(
         "peft:get_peft_model",
+        kind=METHOD,
         why="train() asks it for a LoRA adapter, from LoRA's flags; with --mixlora_enable it makes a MixLoRA adapter",
         replace=_adapter_by_flags,
         parameters=("model", "peft_config"),

@@ -9,7 +9,7 @@ from typing import Any
 from llava_mixlora.training.routing_callback import add_routing_callback
 from llava_mixlora.training.shared_statistics import share_statistics
 
-from .patch import Patch
+from .patch import COMPATIBILITY, METHOD, Patch
 
 ROUTER_PARAMETERS = ("mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
 
@@ -87,29 +87,34 @@ def _trainer_class() -> type:
 PATCHES = (
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.__init__",
+        kind=COMPATIBILITY,
         why="train() passes the tokenizer as tokenizer=, which Trainer now calls processing_class=",
         replace=_rename_tokenizer,
         requires={"transformers": ">=5"},
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.__init__",
+        kind=METHOD,
         why="a MixLoRA run logs how its routers use the factors, and counts that over all processes, through callbacks",
         replace=_log_routing,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._get_train_sampler",
+        kind=COMPATIBILITY,
         why="Trainer now passes the dataset to this method",
         replace=_accept_dataset,
         requires={"transformers": ">=4.52"},
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._save_checkpoint",
+        kind=COMPATIBILITY,
         why="LLaVA passes metrics on to Trainer._save_checkpoint, which no longer takes them",
         replace=_drop_metrics,
         requires={"transformers": ">=4.47"},
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.create_optimizer",
+        kind=METHOD,
         why="--mixlora_router_lr gives the routers a learning rate of their own",
         replace=_separate_router_lr,
     ),

@@ -26,7 +26,7 @@ from llava_mixlora.errors import MixLoraError
 from llava_mixlora.training import checkpoint
 from llava_mixlora.training.termination import SaveOnTermination
 
-from .patch import Patch
+from .patch import FAULT, Patch
 
 
 class RepeatableOrder(Sampler):
@@ -204,43 +204,51 @@ def _stop_where_it_stopped(original: Callable[..., None]) -> Callable[..., None]
 PATCHES = (
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.__init__",
+        kind=FAULT,
         why="a run that is told to end (SIGTERM) should save first",
         replace=_save_on_termination,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._get_train_sampler",
+        kind=FAULT,
         why="a run that goes on from a checkpoint should see the data in the order of the run that wrote it",
         replace=_repeat_order,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.save_model",
+        kind=FAULT,
         why="checkpoint-N should hold what the final output holds: adapter, config.json and projector",
         replace=_save_what_train_saves,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._save_checkpoint",
+        kind=FAULT,
         why="a crash while a checkpoint is written should leave none rather than a half one",
         replace=_save_aside_then_rename,
         parameters=("model", "trial"),
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.train",
+        kind=FAULT,
         why="Trainer makes one step too many when it goes on from the checkpoint of the last step",
         replace=_make_no_step_after_the_last,
         requires={"transformers": "<5"},
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.train",
+        kind=FAULT,
         why="train() goes on from the newest checkpoint, even when that one is damaged",
         replace=_go_on_from_newest_whole,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._load_from_checkpoint",
+        kind=FAULT,
         why="Trainer loads the adapter alone, so a run that goes on would forget the projector",
         replace=_load_projector_too,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._run_epoch",
+        kind=FAULT,
         why="Trainer makes one step too many when it goes on from the checkpoint of the last step",
         replace=_stop_where_it_stopped,
         requires={"transformers": ">=5"},

@@ -17,6 +17,8 @@ from packaging.specifiers import SpecifierSet
 
 from llava_mixlora.errors import MixLoraError
 
+METHOD, COMPATIBILITY, FAULT = KINDS = ("method", "compatibility", "upstream fault")
+"""What a patch is there for: MixLoRA itself, versions that do not fit together, or something upstream does wrong."""
 MISSING = object()
 ANY_KEYWORD = "**kwargs"
 """Among a patch's `parameters`: the target takes keywords that it does not name."""
@@ -32,6 +34,7 @@ class Patch:
 
     Args:
         target: `"module:attribute"` or `"module:Class.attribute"`.
+        kind: of [`KINDS`].
         why: one sentence for the reader, and for the error when the target is gone.
         replace: makes the replacement from the original; gets None when `adds` is set.
         parameters: names that the target must take, since the patch relies on them, or [`ANY_KEYWORD`]; it may take
@@ -46,6 +49,7 @@ class Patch:
     """
 
     target: str
+    kind: str
     why: str
     replace: Callable[[Any], Any]
     parameters: tuple[str, ...] = ()

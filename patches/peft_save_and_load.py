@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_mixlora.method.registration import MIXLORA
 
-from .patch import Patch
+from .patch import COMPATIBILITY, Patch
 
 OLDER_PEFT = {"peft": "<0.14"}
 
@@ -100,6 +100,7 @@ PATCHES = (
     *(
         Patch(
             f"{module}:get_peft_model_state_dict",
+            kind=COMPATIBILITY,
             why="this PEFT saves only the adapters of types that it knows",
             replace=_save_adapter,
             requires=OLDER_PEFT,
@@ -109,6 +110,7 @@ PATCHES = (
     *(
         Patch(
             f"{module}:set_peft_model_state_dict",
+            kind=COMPATIBILITY,
             why="this PEFT loads only the adapters of types that it knows",
             replace=_load_adapter,
             requires=OLDER_PEFT,
@@ -117,6 +119,7 @@ PATCHES = (
     ),
     Patch(
         "peft.config:PeftConfigMixin.from_peft_type",
+        kind=COMPATIBILITY,
         why="this PEFT refuses a configuration with fields that a newer PEFT has written",
         replace=_ignore_newer_fields,
         requires=OLDER_PEFT,

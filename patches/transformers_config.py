@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .llava_train import running_arguments
-from .patch import Patch
+from .patch import FAULT, Patch
 
 
 def _without_training_quantization(original: Callable[..., None]) -> Callable[..., None]:
@@ -31,12 +31,14 @@ QUANTIZED = (
 PATCHES = (
     Patch(
         "transformers.configuration_utils:PreTrainedConfig.save_pretrained",
+        kind=FAULT,
         why=QUANTIZED,
         replace=_without_training_quantization,
         requires={"transformers": ">=5"},
     ),
     Patch(
         "transformers.configuration_utils:PretrainedConfig.save_pretrained",
+        kind=FAULT,
         why=QUANTIZED,
         replace=_without_training_quantization,
         requires={"transformers": "<5"},

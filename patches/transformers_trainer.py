@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 import torch
 
-from .patch import Patch
+from .patch import COMPATIBILITY, Patch
 
 
 def _layernorm_layers(_: None) -> list[type]:
@@ -33,6 +33,7 @@ def _trust_numpy(original: Callable[..., None]) -> Callable[..., None]:
 PATCHES = (
     Patch(
         "transformers.trainer:ALL_LAYERNORM_LAYERS",
+        kind=COMPATIBILITY,
         why="llava.train.llava_trainer imports this list from transformers.trainer, which no longer holds it",
         replace=_layernorm_layers,
         requires={"transformers": ">=4.53"},
@@ -40,6 +41,7 @@ PATCHES = (
     ),
     Patch(
         "transformers.trainer:Trainer._load_rng_state",
+        kind=COMPATIBILITY,
         why="a checkpoint holds the state of NumPy's generator, which torch.load now reads only where it is told to "
         "trust NumPy's types",
         replace=_trust_numpy,

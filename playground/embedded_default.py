@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prepare what is missing, fine-tune, evaluate before and after, and show the results."""
     started = time.monotonic()
     from llava_mixlora import MixLoraConfig
-    from llava_mixlora.preflight import check_quantization, check_writable
+    from llava_mixlora.inputs import check_writable
+    from llava_mixlora.training.preflight import check_quantization
 
     MixLoraConfig(r=arguments.rank, num_factors=arguments.factors, routing=arguments.routing)
     check_quantization(arguments.flags)

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from PIL import Image
 from torch import nn
 
-from llava_mixlora import MixLoraConfig, MixLoraLayer
+from llava_mixlora import MixLoraConfig, MixLoraError, MixLoraLayer
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
 
 VOCABULARY = 320
@@ -58,7 +58,7 @@ def plain(folder):
 
 def write_adapter(base, folder, trained=True, one_route=False):
     """What upstream's train() writes after a MixLoRA run on `base`; the projector is trained too."""
-    from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
+    from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 
     options = {"target_modules": LINEAR_LAYERS, "exclude_modules": NOT_THE_LANGUAGE_MODEL, "task_type": "CAUSAL_LM"}
     model = get_peft_model(plain(base), MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options))
@@ -76,3 +76,11 @@ def write_adapter(base, folder, trained=True, one_route=False):
     model.save_pretrained(folder)
     torch.save(projector, folder / NON_LORA_TRAINABLES)
     return folder
+
+
+def message_of(function, *args, **kwargs):
+    """The one line that calling it raises."""
+    with pytest.raises(MixLoraError) as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)

@@ -12,12 +12,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import MixLoraError
+from ..inputs import read_json
 from ..method.config import MixLoraConfig
 from ..method.registration import MIXLORA
-from .stored_weights import read_json
+from ..method.tensor_names import PEFT_PREFIX
 
 NON_LORA_TRAINABLES = "non_lora_trainables.bin"
 """File in which LLaVA saves what was trained beside the adapter: the projector (`llava.train.train.train`)."""
+
+
+NOT_THE_LANGUAGE_MODEL = r".*(mm_projector|vision_tower|vision_resampler).*"
+"""The modules of a LLaVA that no adapter touches, as a regular expression (`llava.train.train.find_all_linear_names`).
+
+Upstream names the kinds of layers only, and a CLIP tower, not loaded yet when train() makes the adapter, has layers of
+the same names when the adapter is loaded again.
+"""
 
 
 def is_mixlora_adapter(folder: str | Path) -> bool:
@@ -100,4 +109,4 @@ def read_non_lora_trainables(folder: str | Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MixLoraError(f"{file} is damaged ({reason}); copy it again or train again") from error
     # LLaVA saves the names of the model inside its PeftModel: base_model.model.model.mm_projector...
-    return {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}

@@ -30,13 +30,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import MixLoraError
+from ..inputs import read_json
 from ..method.config import MixLoraConfig
-from ..patches.llava_train import NOT_THE_LANGUAGE_MODEL
-from .adapter_folder import NON_LORA_TRAINABLES
+from ..method.tensor_names import PEFT_PREFIX
+from .adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
 from .model_folders import base_folder, check_output, new_folder
-from .stored_weights import StoredWeights, read_json
+from .stored_weights import StoredWeights
 
-PEFT_PREFIX = "base_model.model."
 ROUTINGS_BY_CONDITION = {"input": "ifs", "input_lora_a_param": "ifs_cfs"}
 # Options of the authors' code that change the layer, with the only value that this layer (and the paper) has.
 FIXED_OPTIONS = {
@@ -58,6 +58,29 @@ FACTOR = re.compile(r"lora_([AB])\.default\.(\d+)")
 NOT_NEEDED = re.compile(r"cmoa_attribute_encoder\.|rotary_emb\.inv_freq$")  # unused with these routings; recomputed
 TOWER = re.compile(r".*vision_tower\.vision_tower\.(?:vision_model\.)?")
 DECODER_LAYER = re.compile(r"model\.layers\.\d+\..+")
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `convert` to its parser."""
+    parser.description = (
+        "Turn a checkpoint of the authors' released code (VT-NLP/MixLoRA) into a PEFT adapter for LLaVA. No pickled "
+        "code is executed."
+    )
+    parser.epilog = (
+        "example: llava-mixlora convert their/checkpoint --model-base lmsys/vicuna-7b-v1.3 "
+        "--output llava-mixlora-converted"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder with pytorch_model.bin and cmoa_args.bin")
+    parser.add_argument("--model-base", required=True, metavar="BASE", help="the LLM that training started from")
+    parser.add_argument("--output", required=True, metavar="OUT", help="new folder for the adapter")
+    parser.add_argument("--vision-tower", metavar="PATH", help="tower to name instead of the checkpoint's")
+    parser.set_defaults(command=_convert)
+
+
+def _convert(given: argparse.Namespace) -> None:
+    convert(given.checkpoint, given.model_base, given.output, given.vision_tower)
+    print(f"Wrote the adapter to {given.output}. Talk to it, once its base has a tokenizer:")
+    print(f"  llava-mixlora run -m llava.serve.cli --model-path {given.output} --image-file IMAGE")
 
 
 def convert(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,21 +15,24 @@ from torch import Tensor
 
 from ..method.config import MixLoraConfig
 from ..method.routing_statistics import POOLS, dead_share, usage_balance, usage_entropy
+from ..method.tensor_names import FURTHER, KINDS, PEFT_PREFIX, STATISTICS, USAGE, by_number
 from .adapter_folder import check_adapter, read_config, read_non_lora_trainables
 
-KINDS = {
-    "mixlora_A": "pool A",
-    "mixlora_B": "pool B",
-    "mixlora_router_A": "routers",
-    "mixlora_router_B": "routers",
-    "mixlora_cfs": "cfs",
-}
-FURTHER = "further modules"  # modules_to_save, biases
 BESIDE = "beside the adapter"  # non_lora_trainables.bin
-STATISTICS = ".mixlora_stats"
-USAGE = f"{STATISTICS}_usage"
 SHOWN = ("routing", "num_factors", "r", "lora_alpha", "lora_dropout", "router_gradient", "router_scope")
 SHOWN_TOO = ("count_padding", "decode_routing", "cfs_product", "balance_loss_weight", "bias", "format_version")
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `inspect` to its parser."""
+    parser.description = (
+        "Print an adapter's configuration, its parameters by kind, and per layer how its routers used the factors in "
+        "training: entropy of the choices (1: all alike), dead (share of factors never chosen) and balance (share of "
+        "the pool in effective use), for pools A and B."
+    )
+    parser.epilog = "example: llava-mixlora inspect output/llava-mixlora"
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
+    parser.set_defaults(command=lambda given: print("\n".join(describe(given.adapter))))
 
 
 @dataclass
@@ -61,7 +65,7 @@ def read_contents(folder: str | Path) -> AdapterContents:
             if name.endswith(USAGE):
                 usage = tensors.get_tensor(name)
                 if usage.any():
-                    contents.usage[layer.removeprefix("base_model.model.")] = usage
+                    contents.usage[layer.removeprefix(PEFT_PREFIX)] = usage
             elif STATISTICS not in name:
                 kinds[KINDS.get(parameter, FURTHER)] += math.prod(tensors.get_slice(name).get_shape())
             contents.layers += parameter == "mixlora_A"
@@ -106,8 +110,3 @@ def describe(folder: str | Path) -> Iterator[str]:
 def _figures(usage: Tensor) -> list[float]:
     columns = zip(usage_entropy(usage).tolist(), dead_share(usage).tolist(), usage_balance(usage).tolist())
     return [figure for pool in columns for figure in pool]
-
-
-def by_number(name: str) -> list[str]:
-    """A sorting key under which layers.10 comes after layers.9."""
-    return [f"{int(part):08}" if part.isdigit() else part for part in name.split(".")]

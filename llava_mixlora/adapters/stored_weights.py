@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import MixLoraError
+from ..inputs import read_json
 
 CHUNK = 1 << 22  # bytes read at once while a checksum is verified
 
@@ -40,25 +40,6 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._readers)
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        MixLoraError: the file is missing, cannot be read, is not JSON, or holds something else than an object.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MixLoraError(f"{file} is missing; is the download complete?") from None
-    except OSError as error:
-        raise MixLoraError(f"{file} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise MixLoraError(f"{file} is damaged: not valid JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise MixLoraError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}; copy it again")
-    return content
 
 
 def weight_files(folder: Path) -> list[Path]:

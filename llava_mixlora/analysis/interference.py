@@ -11,6 +11,7 @@ so there is nothing to compare with: measure a `checkpoint-N` from the middle, o
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,14 @@ from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
 from ..errors import MixLoraError
+from ..inference.grouping import groups_within
 from ..inference.loading import load_for_inference
-from ..merging.calibration import ADAPTER, CalibrationData, adapted_layers, batches, groups_within, samples_by_task
-from ..merging.static_adapter import PEFT_PREFIX
+from ..inference.samples import SampleSource, batches, samples_by_task
+from ..inputs import check_model_path, check_writable, positive
+from ..method.model import ADAPTER, adapted_layers
 from ..method.routing_statistics import POOLS
-from .interference_estimate import FEWEST_BATCHES, RATIO_OF_MEANS, estimate
+from ..method.tensor_names import PEFT_PREFIX
+from .interference_estimate import FEWEST_BATCHES, MEAN_OF_RATIOS, RATIO_OF_MEANS, estimate
 from .interference_report import Interference
 
 FACTORS = {pool: (f"mixlora_{pool}", f"lora_{pool}") for pool in POOLS}
@@ -33,10 +37,59 @@ Key = tuple[str, str]
 """A pool (`"A"` or `"B"`) and a layer name."""
 
 
+def add_interference(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `interference` to its parser."""
+    parser.description = (
+        "For each pair of tasks, and for A and B of each layer: what a gradient step on the one does to the other's "
+        "loss, in units of what the other's own step does. 1: as good; 0: nothing; below 0: harm. Measure a checkpoint "
+        "from the middle of training, on data that is not trained on. Needs matplotlib for the heatmaps."
+    )
+    parser.epilog = (
+        "example: llava-mixlora interference output/llava-mixlora/checkpoint-100 --data heldout.json "
+        "--image-folder images"
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a MixLoRA adapter, or of LLaVA's own LoRA")
+    parser.add_argument("--data", required=True, metavar="DATA", help="LLaVA's training data with fields 'task'")
+    parser.add_argument("--image-folder", metavar="DIR", help="where the images of DATA lie")
+    parser.add_argument("--samples", type=positive, default=64, help="how many of each task (default: 64)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="samples of a gradient (default: 8)")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="only these (default: all)")
+    parser.add_argument(
+        "--layers", nargs="+", default=[], metavar="NAME", help="only layers with one of these in their name: layers.0"
+    )
+    parser.add_argument(
+        "--estimator",
+        default=RATIO_OF_MEANS,
+        choices=(RATIO_OF_MEANS, MEAN_OF_RATIOS),
+        help="where the mean over batches is taken: of both losses' changes (default), or of their ratio as in the "
+        "paper, which one batch can decide whose own loss hardly changes",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
+    parser.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
+    parser.add_argument("--model-base", metavar="BASE", help="the adapter's base (default: the one that it names)")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder for interference.json and .png (default: ADAPTER/interference)"
+    )
+    parser.set_defaults(command=_interference)
+
+
+def _interference(given: argparse.Namespace) -> None:
+    check_model_path("ADAPTER", given.adapter)
+    output = Path(given.output or Path(given.adapter) / "interference")
+    check_writable(output, "--output")
+    data = SampleSource(
+        given.data, given.image_folder, samples=given.samples, version=given.version, batch_size=given.batch_size
+    )
+    found = interference(given.adapter, given.model_base, data, given.tasks, given.layers, given.estimator, given.seed)
+    found.save(output)
+    print("\n".join(found.lines()))
+    print(f"Wrote interference.json and interference.png to {output}")
+
+
 def interference(
     model_path: str | Path,
     model_base: str | None,
-    data: CalibrationData,
+    data: SampleSource,
     tasks: Sequence[str] = (),
     layers: Sequence[str] = (),
     estimator: str = RATIO_OF_MEANS,

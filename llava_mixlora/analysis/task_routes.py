@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import MixLoraError
 from ..inference.loading import load_for_inference
-from ..merging.calibration import CalibrationData, batches, samples_by_task
+from ..inference.samples import SampleSource, batches, samples_by_task
 from ..method.routing_statistics import POOLS
 
 RESULT, USAGE, MAP, SIMILARITY = "routes.json", "task_usage.png", "route_map.png", "task_similarity.png"
@@ -49,7 +49,7 @@ class TaskRoutes:
         return list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])))
 
 
-def task_routes(model_path: str | Path, model_base: str | None, data: CalibrationData) -> TaskRoutes:
+def task_routes(model_path: str | Path, model_base: str | None, data: SampleSource) -> TaskRoutes:
     """The routes that an adapter takes for the prompts of `data`, `data.samples` of each task.
 
     Raises:

@@ -25,10 +25,10 @@ from transformers import (
     PretrainedConfig,
 )
 
-from ..adapters.inspect_adapter import FURTHER, KINDS
 from ..errors import MixLoraError
+from ..inputs import check_model_path
 from ..method.config import MixLoraConfig
-from ..preflight import check_model_path
+from ..method.tensor_names import FURTHER, KINDS
 from .step_memory import MEASURED_LAYERS, QuantizedLinear, TrainedLlava, peak_of_encoding, peak_of_step
 
 ARCHITECTURES = {

@@ -7,6 +7,7 @@ command asks only what has no answer yet.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -19,16 +20,55 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import distributed
 
-from ..adapters.stored_weights import read_json
 from ..errors import MixLoraError
-from ..preflight import check_writable
+from ..inputs import check_writable, positive, read_json
 from .json_lines import read_lines, write_whole
 from .metrics import contained_match, exact_match, mme, normalised, pope
-from .questions import Question, is_mme
+from .questions import Question, is_mme, read_questions
 
 ANSWERS, PARTS, RUN, SCORES, TABLE = "answers.jsonl", "answers.part-*.jsonl", "run.json", "scores.json", "scores.md"
 Answers = dict[str, dict[str, Any]]
 """Lines of `answers.jsonl` by question id."""
+
+
+def add_eval(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `eval` to its parser."""
+    parser.description = (
+        "Ask a model (a MixLoRA adapter, LLaVA's own LoRA or a whole LLaVA) all questions of a benchmark, in batches, "
+        "and score its answers. An interrupted run goes on where it stopped; under torchrun or accelerate launch the "
+        "processes share the questions."
+    )
+    parser.epilog = (
+        "example: llava-mixlora eval --model-path output/llava-mixlora --questions mm_tasks/text_vqa.jsonl "
+        "--output scores"
+    )
+    parser.add_argument("--model-path", required=True, metavar="MODEL", help="folder of the adapter or model")
+    parser.add_argument("--model-base", metavar="BASE", help="the adapter's base (default: the one that it names)")
+    parser.add_argument(
+        "--questions",
+        required=True,
+        metavar="PATH",
+        help="the authors' JSON Lines, LLaVA's question file or training data, a folder of such files, or MME's folder",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder for answers and scores")
+    parser.add_argument("--image-folder", metavar="DIR", help="where images lie (default: beside the questions)")
+    parser.add_argument("--task", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most so many questions of each task")
+    parser.add_argument("--batch-size", type=positive, default=16, help="questions at a time (default: 16)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="longest answer (default: 128)")
+    parser.add_argument("--conv-mode", default="llava_v1", help="conversation template (default: llava_v1)")
+    parser.add_argument("--bits", type=int, default=16, choices=(16, 8, 4), help="8 or 4: quantize the model")
+    parser.add_argument("--judge", metavar="LM", help="a causal language model that decides what is right as well")
+    parser.set_defaults(command=_eval)
+
+
+def _eval(given: argparse.Namespace) -> None:
+    questions = read_questions(given.questions, given.image_folder, given.task, given.limit)
+    asking = Asking(given.model_path, given.model_base, given.conv_mode, given.max_new_tokens, given.bits)
+    result = evaluate(asking, questions, Path(given.output), given.batch_size, given.judge)
+    if result is not None:
+        print(table(result))
+        print(f"\nWrote answers.jsonl, scores.json and scores.md to {given.output}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MixLoraError
-from ..preflight import read_conversations
+from ..inputs import read_conversations
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
 MME_PERCEPTION = (

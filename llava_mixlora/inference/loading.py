@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME
 from transformers import PretrainedConfig
 
 from ..adapters.adapter_folder import base_model_of
-from ..preflight import check_model_path
+from ..inputs import check_model_path
 
 Loaded = tuple[Any, Any, Any]
 """Tokenizer, model and image processor."""

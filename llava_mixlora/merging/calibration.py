@@ -6,24 +6,23 @@ take in use. What its layers see is summed (see `static_core`); a part of the da
 
 from __future__ import annotations
 
-import json
 import random
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..errors import MixLoraError
-from ..inference.loading import Loaded
+from ..inference.grouping import groups_within
+from ..inference.samples import Batch, SampleSource, check_shows_images
+from ..inputs import read_conversations
 from ..method.layer import MixLoraLayer, Observer
+from ..method.model import ADAPTER, adapted_layers
 from ..method.routing_scope import IGNORE_INDEX
 from ..method.static_core import (
     METHODS,
@@ -39,36 +38,11 @@ from ..method.static_core import (
     squared_error_of_map,
     squared_norm,
 )
-from ..preflight import check_images, read_conversations
 from .fidelity import Agreement, ErrorsByLayer
-from .static_adapter import PEFT_PREFIX, StaticUpdates, relative
+from .static_adapter import StaticUpdates, relative
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 128  # share of the samples, and their number, that only judge the result
 INPUT_SUMS = 4 << 30  # bytes of Σ xᵀx that are held at a time; the data are read again for further layers
-ADAPTER = "default"
-Key = TypeVar("Key")
-Batch = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """Conversations in LLaVA's format.
-
-    Args:
-        data: a JSON file, as `--data_path` of training.
-        image_folder: where its images lie.
-        task: only samples whose field `"task"` has this value; all when None.
-        samples: how many to draw, a tenth of them being held out; all when there are fewer.
-        version: the conversation template, as `--version` of training.
-        batch_size: how many go through the model at a time.
-    """
-
-    data: str
-    image_folder: str | None = None
-    task: str | None = None
-    samples: int = 512
-    version: str = "v1"
-    batch_size: int = 8
 
 
 @dataclass
@@ -79,7 +53,7 @@ class Calibrated:
     errors: ErrorsByLayer = field(default_factory=dict)
 
 
-def read_samples(given: CalibrationData, seed: int = 0) -> tuple[list[dict], list[dict]]:
+def read_samples(given: SampleSource, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """The samples to calibrate on, and those to hold out.
 
     Raises:
@@ -95,96 +69,11 @@ def read_samples(given: CalibrationData, seed: int = 0) -> tuple[list[dict], lis
             raise MixLoraError(f"--task {given.task}: {given.data} has no samples of it; its tasks are {known}")
     if len(samples) < 2:
         raise MixLoraError(f"--calibration {given.data}: expected two samples at least, one of them to hold out")
-    _check_shows_images("--calibration", samples, given)
+    check_shows_images("--calibration", samples, given)
     random.Random(seed).shuffle(samples)
     samples = samples[: max(2, given.samples)]
     held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(samples))))
     return samples[held_out:], samples[:held_out]
-
-
-def samples_by_task(data: CalibrationData, tasks: Sequence[str] = (), seed: int = 0) -> dict[str, list[dict[str, Any]]]:
-    """`data.samples` samples of each task, by the task that their field `"task"` names.
-
-    Args:
-        data: where from, and how many of each task.
-        tasks: which tasks, in this order; all when empty, in the order of the data.
-        seed: of the choice of samples.
-
-    Raises:
-        MixLoraError: there are fewer than two tasks, or too few samples of one; or no sample has an image, or images
-            are missing.
-    """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for sample in read_conversations(data.data):
-        if "task" in sample:
-            found.setdefault(str(sample["task"]), []).append(sample)
-    if unknown := [task for task in tasks if task not in found]:
-        known = ", ".join(found) or "none: no sample has a field 'task'"
-        raise MixLoraError(f"--tasks {' '.join(unknown)}: {data.data} has no samples of it; its tasks are {known}")
-    samples = {task: found[task] for task in tasks or found}
-    if len(samples) < 2:
-        raise MixLoraError(
-            f"--data {data.data}: expected samples of two tasks at least, named in a field 'task'; found "
-            f"{', '.join(samples) or 'none'}"
-        )
-    for task, of_task in samples.items():
-        if len(of_task) < data.samples:
-            raise MixLoraError(
-                f"--samples {data.samples}: {data.data} has {len(of_task)} of task {task!r}; ask for fewer"
-            )
-        random.Random(seed).shuffle(of_task)
-    samples = {task: of_task[: data.samples] for task, of_task in samples.items()}
-    _check_shows_images("--data", [sample for of_task in samples.values() for sample in of_task], data)
-    return samples
-
-
-def _check_shows_images(flag: str, samples: list[dict[str, Any]], given: CalibrationData) -> None:
-    if not any("image" in sample for sample in samples):
-        raise MixLoraError(
-            f"{flag} {given.data}: none of its samples has an image, so it does not show what LLaVA's layers see in "
-            "use; pass data with images"
-        )
-    if given.image_folder is None:
-        raise MixLoraError(f"{flag} {given.data} names images; pass the folder they lie in as --image-folder")
-    check_images(samples, given.data, given.image_folder)
-
-
-def batches(samples: list[dict], loaded: Loaded, given: CalibrationData, title: str) -> Iterator[Batch]:
-    """The samples as LLaVA's training prepares them, with the image features in the sequence: inputs of the model."""
-    dataset, collate = training_data(samples, loaded, given.image_folder, given.version)
-    for start in tqdm(range(0, len(samples), given.batch_size), desc=title, unit="batch"):
-        batch = collate([dataset[number] for number in range(start, min(start + given.batch_size, len(samples)))])
-        yield with_images(loaded[1], batch)
-
-
-def training_data(
-    samples: list[dict], loaded: Loaded, image_folder: str | Path | None, version: str
-) -> tuple[Any, Callable[[list[dict[str, Any]]], Batch]]:
-    """Upstream's data set of conversations, and its function that makes a batch of some of its items.
-
-    Sets upstream's conversation template, which is global there.
-
-    Raises:
-        MixLoraError: there is no template `version`.
-    """
-    from llava import conversation
-    from llava.train.train import DataArguments, make_supervised_data_module
-
-    if version not in conversation.conv_templates:
-        known = ", ".join(conversation.conv_templates)
-        raise MixLoraError(f"--version {version}: no such conversation template; expected one of {known}")
-    conversation.default_conversation = conversation.conv_templates[version]
-    tokenizer, model, image_processor = loaded
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(samples, file)
-        file.flush()
-        arguments = DataArguments(data_path=file.name, image_folder=str(image_folder), is_multimodal=True)
-        arguments.image_processor = image_processor
-        arguments.image_aspect_ratio = getattr(model.config, "image_aspect_ratio", None) or "square"
-        arguments.mm_use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)
-        module = make_supervised_data_module(tokenizer, arguments)
-    return module["train_dataset"], module["data_collator"]
 
 
 def calibrate(model: nn.Module, read: Callable[[str], Iterator[Batch]], methods: tuple[str, ...]) -> Calibrated:
@@ -251,15 +140,6 @@ def static_in_place(model: nn.Module, updates: StaticUpdates) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def adapted_layers(model: nn.Module) -> dict[str, MixLoraLayer]:
-    """The layers of a PeftModel that have the adapter, by the name that the base model knows them by."""
-    return {
-        name.removeprefix(PEFT_PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, MixLoraLayer) and ADAPTER in module.mixlora_A
-    }
 
 
 class _Sums:
@@ -341,37 +221,6 @@ def _observed(layers: dict[str, MixLoraLayer], observers: dict[str, Observer]) -
     finally:
         for layer in layers.values():
             layer.observer = None
-
-
-def groups_within(sizes: dict[Key, int], most: int) -> list[list[Key]]:
-    """The keys in their order, in groups whose sizes sum to `most` at most; a larger one has a group of its own."""
-    groups: list[list[Key]] = [[]]
-    held = 0
-    for key, size in sizes.items():
-        if groups[-1] and held + size > most:
-            groups.append([])
-            held = 0
-        groups[-1].append(key)
-        held += size
-    return groups
-
-
-def with_images(model: nn.Module, batch: Batch) -> Batch:
-    """LLaVA's batch after it has put the image features into the sequence, which settles mask and labels.
-
-    Args:
-        model: a PeftModel around a LLaVA.
-        batch: `input_ids`, `attention_mask` and `labels` [B, T], and `images` [B, 3, height, width].
-
-    Returns:
-        `inputs_embeds` [B, S, d], `attention_mask` and `labels` [B, S], and `position_ids` (None).
-    """
-    batch = {name: value.to(model.device) for name, value in batch.items()}
-    with torch.no_grad():
-        _, positions, mask, _, embeddings, labels = model.get_base_model().prepare_inputs_labels_for_multimodal(
-            batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"].to(model.dtype)
-        )
-    return {"inputs_embeds": embeddings, "position_ids": positions, "attention_mask": mask, "labels": labels}
 
 
 def _predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..adapters.inspect_adapter import by_number
+from ..method.tensor_names import by_number
 
 REPORT, PICTURE = "merge_report.json", "merge_report.png"
 ErrorsByLayer = dict[str, dict[str, float]]

@@ -5,6 +5,7 @@ The base is read tensor by tensor and written shard by shard, so merging takes t
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,12 +21,16 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..adapters.adapter_folder import NON_LORA_TRAINABLES, base_model_of, read_non_lora_trainables
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
-from ..adapters.stored_weights import StoredWeights, read_json, weight_files
+from ..adapters.stored_weights import StoredWeights, weight_files
 from ..errors import MixLoraError
 from ..inference.loading import load_for_inference
-from .calibration import CalibrationData, batches, calibrate, judge, methods_for, read_samples
+from ..inference.samples import SampleSource, batches
+from ..inputs import read_json
+from ..method.static_core import METHODS
+from ..method.tensor_names import PEFT_PREFIX
+from .calibration import calibrate, judge, methods_for, read_samples
 from .fidelity import Fidelity
-from .static_adapter import PEFT_PREFIX, SavedAdapter, StaticUpdates
+from .static_adapter import SavedAdapter, StaticUpdates
 
 FLAG = "--save-model-path"
 SHARD_SIZE = 2 << 30  # bytes
@@ -43,12 +48,79 @@ TOKENIZER_FILES = (
 )
 
 
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `merge` to its parser."""
+    parser.description = (
+        "Write the base with a static stand-in for the adapter in it, as a plain LLaVA checkpoint, and report how far "
+        "it is from the dynamic model. By default it is made from the statistics that training has saved."
+    )
+    parser.epilog = (
+        "example: llava-mixlora merge --model-path output/llava-mixlora --model-base liuhaotian/llava-v1.5-7b "
+        "--save-model-path llava-merged"
+    )
+    _add_arguments(parser)
+    parser.set_defaults(command=_merge)
+
+
+def add_export_lora(parser: argparse.ArgumentParser) -> None:
+    """Describe the command `export-lora` to its parser."""
+    parser.description = (
+        "Write a static stand-in for the adapter as a LoRA of rank E, for PEFT and for LLaVA's own LoRA branch, and "
+        "report how far it is from the dynamic model."
+    )
+    parser.epilog = (
+        "example: llava-mixlora export-lora --model-path output/llava-mixlora --save-model-path llava-exported-lora"
+    )
+    _add_arguments(parser)
+    parser.set_defaults(command=_export_lora)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-path", required=True, metavar="ADAPTER", help="folder of the MixLoRA adapter")
+    parser.add_argument("--model-base", metavar="BASE", help="its base in 16 bits (default: the one that it names)")
+    parser.add_argument(FLAG, required=True, metavar="OUT", help="new folder for the result")
+    parser.add_argument(
+        "--method",
+        default="lstsq",
+        choices=METHODS,
+        help="how the static update is chosen (default: lstsq); regression is the nearest, and needs --calibration",
+    )
+    parser.add_argument("--calibration", metavar="DATA", help="conversations (LLaVA's JSON) to make it from")
+    parser.add_argument("--image-folder", metavar="DIR", help="where the images of DATA lie")
+    parser.add_argument("--task", metavar="NAME", help="only samples of DATA whose field 'task' is NAME")
+    parser.add_argument("--samples", type=int, default=512, help="how many to draw from DATA (default: 512)")
+    parser.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples at a time (default: 8)")
+
+
+def _merge(given: argparse.Namespace) -> None:
+    report = merge(given.model_path, given.model_base, given.save_model_path, given.method, _source(given))
+    print("\n".join(report.lines()))
+    print(f"Wrote {given.save_model_path}, with merge_report.json. LLaVA loads it as it is, with no --model-base.")
+
+
+def _export_lora(given: argparse.Namespace) -> None:
+    report = export_lora(given.model_path, given.model_base, given.save_model_path, given.method, _source(given))
+    print("\n".join(report.lines()))
+    print(f"Wrote {given.save_model_path}, with merge_report.json. It is a LoRA for the same base.")
+
+
+def _source(given: argparse.Namespace) -> SampleSource | None:
+    if given.calibration is not None:
+        return SampleSource(
+            given.calibration, given.image_folder, given.task, given.samples, given.version, given.batch_size
+        )
+    if given.task is not None:
+        raise MixLoraError(f"--task {given.task} chooses among the samples of --calibration DATA, which is missing")
+    return None
+
+
 def merge(
     model_path: str | Path,
     model_base: str | None,
     output: str | Path,
     method: str = "lstsq",
-    calibration: CalibrationData | None = None,
+    calibration: SampleSource | None = None,
 ) -> Fidelity:
     """Write `output`: the base with a static stand-in for the adapter in it, a checkpoint that needs no plugin.
 
@@ -80,7 +152,7 @@ def export_lora(
     model_base: str | None,
     output: str | Path,
     method: str = "lstsq",
-    calibration: CalibrationData | None = None,
+    calibration: SampleSource | None = None,
 ) -> Fidelity:
     """Write `output`: a static stand-in for the adapter as a LoRA of rank E for PEFT and for LLaVA's own LoRA branch.
 
@@ -96,7 +168,7 @@ def export_lora(
 
 
 def static_updates(
-    adapter: SavedAdapter, base: Path, method: str, calibration: CalibrationData | None
+    adapter: SavedAdapter, base: Path, method: str, calibration: SampleSource | None
 ) -> tuple[dict[str, StaticUpdates], Fidelity]:
     """By method, the static updates of an adapter (`method`'s, and others that come along), and how good they are."""
     methods = methods_for(method)

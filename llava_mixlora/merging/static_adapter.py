@@ -15,8 +15,8 @@ from ..adapters.adapter_folder import check_adapter, read_config
 from ..errors import MixLoraError
 from ..method.config import MixLoraConfig
 from ..method.static_core import Moments, low_rank_pair, lstsq_core, mean_core, squared_error, squared_norm
+from ..method.tensor_names import PEFT_PREFIX
 
-PEFT_PREFIX = "base_model.model."
 StaticUpdates = dict[str, tuple[Tensor, Tensor]]
 """By layer name: down [E, d_in] and up [d_out, E] of the static update x downᵀ upᵀ."""
 FROM_STATISTICS = {"mean": mean_core, "lstsq": lstsq_core}

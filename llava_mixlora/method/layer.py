@@ -3,67 +3,30 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import MixLoraError
 from .balance_loss import load_balance
 from .config import MixLoraConfig
-from .merged_weight import merged_weight, set_weight, weight_of
+from .layer_merging import MergeableLayer
+from .layer_settings import LayerSettings
 from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
 from .registration import BaseTunerLayer
 from .routing_scope import RoutingScope, current_scope, is_recomputing
-from .static_core import Moments, low_rank_pair, lstsq_core
 from .training_statistics import Statistics
 
 Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None], None]
 """Sees a layer's forward pass: layer, adapter, x [B, S, d_in], z = x Aᵀ [B, S, E], cores [B, E, E], attended [B, S]."""
 
 
-@dataclass(frozen=True)
-class LayerSettings:
-    """What one adapter does in one layer: the fields of [`MixLoraConfig`] after `rank_pattern` and `alpha_pattern`."""
-
-    r: int
-    num_factors: int
-    scaling: float
-    routing: str
-    straight_through: bool
-    router_scope: str
-    count_padding: bool
-    decode_routing: str
-    cfs_product: str
-    balance_loss_weight: float
-    seed: int  # of the fixed routes that routing="random" takes in evaluation
-
-    @classmethod
-    def from_config(cls, config: MixLoraConfig, r: int, lora_alpha: float, seed: int) -> LayerSettings:
-        """Settings of a layer whose rank is `r` and whose update is scaled by `lora_alpha / r`."""
-        return cls(
-            r=r,
-            num_factors=config.num_factors,
-            scaling=lora_alpha / r,
-            routing=config.routing,
-            straight_through=config.router_gradient == "straight_through",
-            router_scope=config.router_scope,
-            count_padding=config.count_padding,
-            decode_routing=config.decode_routing,
-            cfs_product=config.cfs_product,
-            balance_loss_weight=config.balance_loss_weight,
-            seed=seed,
-        )
-
-
-class MixLoraLayer(nn.Module, BaseTunerLayer):
+class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     """Any linear layer plus, for each active adapter, the conditional update Δy = ((x Aᵀ) C) B.
 
     The base layer is only ever called, so how it stores its weight (float, 4-bit, 8-bit, ...) does not matter.
@@ -71,7 +34,7 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
     `mixlora_router_B` [E, d_in] (not with `routing="random"`), `mixlora_cfs` [r, E, d_in] (only with `"ifs_cfs"`).
     Buffer by adapter name: `mixlora_stats_usage` int64 [2, E], how many training instances chose each factor of pool A
     and of pool B. `mixlora_stats_moments` [4, E, E], what a static stand-in for the update is made from, summed over
-    what was seen in training: see [`moments`](MixLoraLayer.moments). Every process sums its own, and
+    what was seen in training: see [`moments`](MergeableLayer.moments). Every process sums its own, and
     `shared_statistics` those of all.
 
     Inputs are [B, S, d_in]; further middle dimensions count as positions. An input [rows, d_in] is taken as rows
@@ -111,7 +74,6 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.last_routes: dict[str, Route] = {}
         self.observer: Observer | None = None
-        # In a list, because an attribute of its own would become the layer's parameter.
         self._unmerged_weight: list[nn.Parameter] = []
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
@@ -181,14 +143,6 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
             if self.training or self.observer is not None:
                 self._observe(sequence, z, cores, adapter, scope)
         return result
-
-    def moments(self, adapter: str) -> Moments:
-        """What training has summed for [`static_core`], in float64; views, to which every forward pass adds at its end.
-
-        The buffer holds the bits of float64 numbers as whole numbers, which no cast of the model to another float type
-        touches. Padding is left out, dropout too; a checkpoint's second forward pass does not count again.
-        """
-        return Moments(*self.mixlora_stats_moments[adapter].view(torch.float64))
 
     def _observe(self, x: Tensor, z: Tensor, cores: Tensor, adapter: str, scope: RoutingScope | None) -> None:
         """Note a training step's forward pass for the statistics, and show any forward pass to the observer."""
@@ -283,73 +237,6 @@ class MixLoraLayer(nn.Module, BaseTunerLayer):
             self.mixlora_cfs[adapter] if settings.routing == "ifs_cfs" else None,
             settings.cfs_product,
         )
-
-    def static_update(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """What merging puts in the place of an adapter's update, as a LoRA: down [E, d_in] and up [d_out, E].
-
-        It is [`lstsq_core`] of what training has summed.
-
-        Raises:
-            MixLoraError: training has summed nothing, and the adapter has an effect.
-        """
-        moments, settings = self.moments(adapter), self.settings[adapter]
-        factors_A, factors_B = self.mixlora_A[adapter].detach(), self.mixlora_B[adapter].detach()
-        if moments.core.any():
-            return low_rank_pair(factors_A, factors_B, lstsq_core(moments, settings.r * settings.scaling))
-        if factors_B.any():
-            raise MixLoraError(
-                f"adapter {adapter!r} cannot be merged: its update differs from input to input, and it holds no "
-                "statistics of training to make a static one from; merge with `llava-mixlora merge --calibration DATA`"
-            )
-        return low_rank_pair(factors_A, factors_B, torch.zeros_like(moments.core))
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The weight that merging adds for an adapter, [d_out, d_in] in float32 at least.
-
-        Raises:
-            MixLoraError: as [`static_update`](MixLoraLayer.static_update).
-        """
-        down, up = self.static_update(adapter)
-        return up @ down
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the static updates of adapters to the base weight; all of them or none.
-
-        The parameter that the base layer had is kept aside until [`unmerge`](MixLoraLayer.unmerge) puts it back, so a
-        merged layer that is not unloaded takes the memory of two weights.
-
-        Args:
-            safe_merge: refuse to merge into a weight that is not finite everywhere.
-            adapter_names: the active adapters when None.
-
-        Raises:
-            MixLoraError: as [`static_update`](MixLoraLayer.static_update), or the merged weight is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mixlora_A]
-        if not names:
-            return
-        base_layer = self.get_base_layer()
-        merged = merged_weight(base_layer, sum(self.get_delta_weight(name) for name in names))
-        if safe_merge and merged.is_floating_point() and not merged.isfinite().all():
-            raise MixLoraError(
-                f"adapters {names} make a weight that is not finite: one is broken, or too large for the base's dtype"
-            )
-        if not self.merged:
-            self._unmerged_weight = [weight_of(base_layer)]
-        set_weight(base_layer, merged)
-        self.merged_adapters += names
-
-    def unmerge(self) -> None:
-        """Give the base layer back the weight that it had, to the bit."""
-        if not self.merged:
-            warnings.warn("no adapter is merged: there is nothing to take back", stacklevel=2)
-            return
-        base_layer = self.get_base_layer()
-        current, before = weight_of(base_layer), self._unmerged_weight.pop()
-        if before.device != current.device or (before.is_floating_point() and before.dtype != current.dtype):
-            before = nn.Parameter(before.to(current.device, current.dtype), requires_grad=before.requires_grad)
-        set_weight(base_layer, before)
-        self.merged_adapters.clear()
 
     def __repr__(self) -> str:
         return "mixlora." + super().__repr__()

@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from ..errors import MixLoraError
 from . import routing_scope
 from .config import MixLoraConfig
-from .layer import LayerSettings, MixLoraLayer, MixLoraLinear
+from .layer import MixLoraLayer, MixLoraLinear
+from .layer_settings import LayerSettings
 from .mixture import Route
 from .registration import BaseTuner, BaseTunerLayer
+from .tensor_names import PEFT_PREFIX
 
 USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
 LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTER = "default"
+"""The name that PEFT gives to a model's only adapter."""
 BASE_MODEL = "__base__"
 """PEFT's name, in `adapter_names`, for an instance without an adapter."""
 
@@ -192,6 +196,15 @@ class MixLoraModel(BaseTuner):
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             routing_scope.detach(model)
         return model
+
+
+def adapted_layers(model: nn.Module, adapter: str = ADAPTER) -> dict[str, MixLoraLayer]:
+    """The layers of a PeftModel that have the adapter, by the name that the base model knows them by."""
+    return {
+        name.removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, MixLoraLayer) and adapter in module.mixlora_A
+    }
 
 
 def _statistics(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 import peft
 import torch
@@ -12,26 +11,25 @@ from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
-if TYPE_CHECKING:
-    from .config import MixLoraConfig
-    from .model import MixLoraModel
-
 if Version(torch.__version__) < Version("2.4"):
     # LLaVA's metadata pins 2.1, which cannot tell whether autocast is on for a device.
     raise ImportError(f"torch {torch.__version__}: expected 2.4 or newer; run: pip install 'torch>=2.4'")
 
 installed = Version(version("peft"))
+KNOWS_NO_OTHER_TYPE = installed < Version("0.14")
+"""Whether this PEFT saves and loads the adapters of no type but its own."""
+
 if installed >= Version("0.21"):
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-elif installed < Version("0.14"):
+elif KNOWS_NO_OTHER_TYPE:
     from .older_peft import BaseTuner, BaseTunerLayer, PeftConfig
 else:
     raise ImportError(
         f"peft {installed}: expected 0.21 or newer, or 0.13.2 beside transformers 4.37; run: pip install 'peft>=0.21.2'"
     )
 
-__all__ = ["MIXLORA", "BaseTuner", "BaseTunerLayer", "PeftConfig", "register"]
+__all__ = ["KNOWS_NO_OTHER_TYPE", "MIXLORA", "BaseTuner", "BaseTunerLayer", "PeftConfig", "register"]
 
 
 def _extended_peft_type() -> PeftType:
@@ -45,8 +43,11 @@ MIXLORA: PeftType = _extended_peft_type()
 """The member that this plugin adds to `peft.utils.PeftType`."""
 
 
-def register(config_cls: type[MixLoraConfig], model_cls: type[MixLoraModel]) -> None:
-    """Enter the method into PEFT's tables (`peft.utils.register_peft_method`); does nothing the second time."""
+def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+    """Enter the method into PEFT's tables (`peft.utils.register_peft_method`); does nothing the second time.
+
+    PEFT 0.13 then still saves and loads none but the types that it knows: see `patches.peft_save_and_load`.
+    """
     if MIXLORA in PEFT_TYPE_TO_TUNER_MAPPING:
         return
     if installed >= Version("0.21"):
@@ -54,9 +55,5 @@ def register(config_cls: type[MixLoraConfig], model_cls: type[MixLoraModel]) -> 
 
         register_peft_method(name="mixlora", config_cls=config_cls, model_cls=model_cls)
         return
-    from ..patches import peft_save_and_load
-
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MIXLORA] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[MIXLORA] = peft.peft_model.PEFT_TYPE_TO_MODEL_MAPPING[MIXLORA] = model_cls
-    for patch in peft_save_and_load.PATCHES:
-        patch.apply()

@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,10 @@ from .balance_loss import BalanceLoss
 from .mixture import pooled_input
 from .training_statistics import TrainingStatistics
 
-if TYPE_CHECKING:
-    from .layer import MixLoraLayer
-
 IGNORE_INDEX = -100
 """Label of an unsupervised position (`llava.constants.IGNORE_INDEX`, and PyTorch's cross entropy)."""
 
-HeldCores = dict[tuple["MixLoraLayer", str], Tensor]
+HeldCores = dict[tuple[nn.Module, str], Tensor]
 """Cores [B, E, E] that a generation keeps, by layer and adapter name."""
 
 
@@ -118,7 +115,7 @@ class RoutingScope:
         positions = positions | ~positions.any(dim=1, keepdim=True)
         return positions / positions.sum(dim=1, keepdim=True, dtype=torch.float32)
 
-    def held_core(self, layer: MixLoraLayer, adapter: str, instances: int) -> Tensor | None:
+    def held_core(self, layer: nn.Module, adapter: str, instances: int) -> Tensor | None:
         """The core kept for a layer, [instances, E, E], or None in the first forward of a generation.
 
         Raises:
@@ -134,7 +131,7 @@ class RoutingScope:
             "per instance; keep the batch as it is, or use decode_routing='step'"
         )
 
-    def hold(self, layer: MixLoraLayer, adapter: str, core: Tensor) -> None:
+    def hold(self, layer: nn.Module, adapter: str, core: Tensor) -> None:
         """Keep a core for the rest of the generation."""
         self.computed[layer, adapter] = core.detach()
 

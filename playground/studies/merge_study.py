@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_mixlora import MixLoraError
-from llava_mixlora.merging.calibration import CalibrationData
+from llava_mixlora.inference.samples import SampleSource
 from llava_mixlora.merging.fidelity import Fidelity
 from llava_mixlora.merging.merge import static_updates, write_merged
 from llava_mixlora.merging.static_adapter import SavedAdapter
@@ -102,14 +102,14 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _calibration(arguments: argparse.Namespace, task: str | None = None) -> CalibrationData:
+def _calibration(arguments: argparse.Namespace, task: str | None = None) -> SampleSource:
     data = arguments.cache / "data"
-    return CalibrationData(str(data / TRAIN), str(data / IMAGES), task, arguments.samples, "llava_v1", batch_size=32)
+    return SampleSource(str(data / TRAIN), str(data / IMAGES), task, arguments.samples, "llava_v1", batch_size=32)
 
 
 @contextmanager
 def _merged(
-    adapter: Path, base: Path, method: str, calibration: CalibrationData
+    adapter: Path, base: Path, method: str, calibration: SampleSource
 ) -> Iterator[tuple[dict[str, Path], Fidelity]]:
     """A merged checkpoint for each method that comes with `method`, as long as the context lasts."""
     saved = SavedAdapter(adapter)

@@ -34,8 +34,8 @@ from peft import LoraConfig, PeftConfig
 from tqdm import tqdm
 
 from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora.inputs import read_conversations
 from llava_mixlora.method.model import LLAMA_LINEAR_LAYERS
-from llava_mixlora.preflight import read_conversations
 from playground import PLAYGROUND
 from playground.atomic import write_json
 from playground.embedded_default import HELDOUT, IMAGES, MADE_FROM, TRAIN, prepare_base

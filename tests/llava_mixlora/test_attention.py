@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
 from llava_mixlora import MixLoraConfig
+from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 
 from ..tiny import LINEAR_LAYERS, random_ids, randomise
 

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from llava_mixlora import __version__
-from llava_mixlora.cli import main
+from llava_mixlora.cli import COMMANDS, main
 
 SCRIPT = """
 import sys
@@ -88,7 +88,7 @@ def test_unknown_subcommand_is_a_usage_error(capsys, words):
     assert "usage: llava-mixlora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "convert", "inspect", "plot", "doctor"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_subcommand_shows_an_example(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

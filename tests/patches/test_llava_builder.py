@@ -5,11 +5,10 @@ import shutil
 import peft
 import pytest
 import torch
-from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
 from peft import LoraConfig, PeftModel
 
 from llava_mixlora import MixLoraConfig, MixLoraError
-from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
+from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
 
 from ..tiny import layers, random_ids, randomise
 

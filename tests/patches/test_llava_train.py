@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
-from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL, _train_checked
+from llava_mixlora.patches.llava_train import _train_checked
 from peft import LoraConfig
 from transformers import TrainingArguments
 
 from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 
 from ..tiny import layers
 

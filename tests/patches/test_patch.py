@@ -43,7 +43,9 @@ def loudly(original):
 
 
 def patch_of(target, **options):
-    return Patch(f"upstream_of_patches:{target}", why="the test says so", **{"replace": loudly, **options})
+    return Patch(
+        f"upstream_of_patches:{target}", kind="method", why="the test says so", **{"replace": loudly, **options}
+    )
 
 
 def test_patch_replaces_a_function_and_undo_restores_that_very_function(upstream):
@@ -160,12 +162,12 @@ def test_target_that_lacks_a_parameter_is_named_with_what_it_takes(upstream):
 
 def test_error_tells_which_version_of_a_package_was_found_where():
     with pytest.raises(PatchError, match=r"site-packages/llava \(llava-torch 1.2.2.post1\)"):
-        Patch("llava:gone", why="the test says so", replace=loudly).apply()
+        Patch("llava:gone", kind="method", why="the test says so", replace=loudly).apply()
 
 
 def test_missing_module_is_named():
     with pytest.raises(PatchError, match="no_such_upstream:function"):
-        Patch("no_such_upstream:function", why="the test says so", replace=loudly).apply()
+        Patch("no_such_upstream:function", kind="method", why="the test says so", replace=loudly).apply()
 
 
 def test_symbol_that_should_be_missing_is_not_overwritten(upstream):
@@ -261,8 +263,18 @@ def test_every_patch_of_the_plugin_can_be_undone_and_applied_again(patched):
     assert all(symbol(target) is not originals[target] for target in targets)
 
 
-def test_every_patch_says_why(patched):
-    assert all(len(patch.why.split()) > 5 for patch in patched.PATCHES)
+def test_every_patch_says_why_and_of_which_kind_it_is(patched):
+    every = (*patched.PATCHES, *patched.OF_THE_METHOD)
+    assert all(len(patch.why.split()) > 5 for patch in every)
+    assert {patch.kind for patch in every} == set(patched.KINDS)
+
+
+def test_every_module_of_patches_is_in_a_list(patched):
+    modules = [file.stem for file in (ROOT / "patches").glob("*.py") if file.stem not in ("__init__", "patch")]
+    listed = [*patched.PATCHES, *patched.OF_THE_METHOD]
+    for module in modules:
+        of_module = importlib.import_module(f"llava_mixlora.patches.{module}").PATCHES
+        assert of_module and all(any(patch is one for one in listed) for patch in of_module), module
 
 
 def test_versions_are_compared_in_patches_and_registration_alone():

@@ -18,7 +18,7 @@ from llava_mixlora.analysis.interference_estimate import MEAN_OF_RATIOS, RATIO_O
 from llava_mixlora.analysis.interference_report import Interference
 from llava_mixlora.cli import main
 from llava_mixlora.inference.loading import load_for_inference
-from llava_mixlora.merging.calibration import CalibrationData, batches, samples_by_task
+from llava_mixlora.inference.samples import SampleSource, batches, samples_by_task
 from llava_mixlora.method.routing_scope import generation
 
 from ...tiny import LINEAR_LAYERS, plain, random_ids, randomise, write_adapter
@@ -42,7 +42,7 @@ def adapters(patched, llava_folder, tmp_path_factory):
 
 @pytest.fixture
 def given(data):
-    return CalibrationData(str(data / "data.json"), str(data), samples=6, version="llava_v1", batch_size=2)
+    return SampleSource(str(data / "data.json"), str(data), samples=6, version="llava_v1", batch_size=2)
 
 
 def loss_of(model, batch):
@@ -185,7 +185,7 @@ def test_every_batch_is_of_one_task_and_shares_no_sample(adapters, given, monkey
         return batches(samples, *rest)
 
     monkeypatch.setattr(interference, "batches", noted)
-    found = interference.interference(adapters["MixLoRA"], None, CalibrationData(**{**vars(given), "samples": 7}))
+    found = interference.interference(adapters["MixLoRA"], None, SampleSource(**{**vars(given), "samples": 7}))
     assert found.batches == 3 and len(seen) == 12  # what does not fill a batch is left out
     assert len({sample["id"] for sample in seen}) == 12
     assert [sample["task"] for sample in seen] == ["color"] * 6 + ["shape"] * 6

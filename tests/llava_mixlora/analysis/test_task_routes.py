@@ -7,7 +7,7 @@ import torch
 
 from llava_mixlora.analysis.task_routes import TaskRoutes, task_routes
 from llava_mixlora.cli import main
-from llava_mixlora.merging.calibration import CalibrationData
+from llava_mixlora.inference.samples import SampleSource
 
 from ...tiny import write_adapter
 
@@ -35,13 +35,13 @@ def test_usage_and_similarity_are_counted_by_task():
 
 
 def test_routes_are_those_of_the_prompts(adapter, data):
-    given = CalibrationData(str(data / "data.json"), str(data), samples=6, version="llava_v1", batch_size=4)
+    given = SampleSource(str(data / "data.json"), str(data), samples=6, version="llava_v1", batch_size=4)
     routes = task_routes(adapter, None, given)
     assert routes.tasks == ["color", "shape"] and routes.labels.tolist() == [0] * 6 + [1] * 6
     assert len(routes.chosen) == 14 and len(routes.three_layers()) == 3
     for chosen in routes.chosen.values():
         assert chosen.shape == (12, 2, 6) and (chosen.sum(dim=-1) == 2).all()  # r = 2 of E = 6
-    alone = task_routes(adapter, None, CalibrationData(**{**vars(given), "batch_size": 1}))
+    alone = task_routes(adapter, None, SampleSource(**{**vars(given), "batch_size": 1}))
     assert all(torch.equal(alone.chosen[layer], chosen) for layer, chosen in routes.chosen.items())
 
 

@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 import transformers
-from llava_mixlora.patches.llava_train import NOT_THE_LANGUAGE_MODEL
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from llava_mixlora import MixLoraError
+from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 
 if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("transformers 4.37 cannot run a step on shapes alone", allow_module_level=True)

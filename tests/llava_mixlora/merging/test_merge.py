@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
 from llava_mixlora.cli import main
+from llava_mixlora.inference.samples import SampleSource
 from llava_mixlora.merging import calibration, merge
-from llava_mixlora.merging.calibration import CalibrationData
 from llava_mixlora.merging.fidelity import Fidelity
 
 from ...tiny import plain, write_adapter
@@ -79,7 +79,7 @@ def untrained(base, tmp_path):
 
 
 def given(data, **options):
-    return CalibrationData(str(data / "data.json"), **{"image_folder": str(data), "batch_size": 4, **options})
+    return SampleSource(str(data / "data.json"), **{"image_folder": str(data), "batch_size": 4, **options})
 
 
 def with_projector(base, adapter):
@@ -239,7 +239,7 @@ def test_calibration_data_without_images_are_refused(adapter, data, tmp_path):
     samples = json.loads((data / "data.json").read_text())
     bare = [{"id": sample["id"], "conversations": sample["conversations"]} for sample in samples]
     (tmp_path / "bare.json").write_text(json.dumps(bare))
-    found = message_of(adapter, None, tmp_path / "out", calibration=CalibrationData(str(tmp_path / "bare.json")))
+    found = message_of(adapter, None, tmp_path / "out", calibration=SampleSource(str(tmp_path / "bare.json")))
     assert "none of its samples has an image" in found
     assert "--image-folder" in message_of(adapter, None, tmp_path / "out", calibration=given(data, image_folder=None))
     missing = given(data, image_folder=str(tmp_path))

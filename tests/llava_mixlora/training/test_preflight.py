@@ -6,17 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_mixlora import MixLoraError
-from llava_mixlora.preflight import (
-    check_images,
-    check_quantization,
-    check_training_inputs,
-    check_writable,
-    note_compiler_locks,
-    read_conversations,
-)
+from llava_mixlora.training.preflight import check_quantization, check_training_inputs, note_compiler_locks
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from ...tiny import message_of
+
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."}]
 
 
@@ -43,13 +37,6 @@ def run(tmp_path):
 
 def check(run, **changes):
     check_training_inputs([f"--{name}={value}" for name, value in {**run, **changes}.items() if value is not None])
-
-
-def message_of(function, *args, **kwargs):
-    with pytest.raises(MixLoraError) as error:
-        function(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_complete_inputs_pass_and_the_output_folder_exists(run):
@@ -99,42 +86,6 @@ def test_missing_data_path_flag_is_named(run):
     assert "--data_path is missing" in message_of(check, run, data_path=None)
 
 
-@pytest.mark.parametrize(
-    "content, named",
-    [
-        ("", "not valid JSON"),
-        ('[{"conversations": [', "not valid JSON"),
-        ("{}", "expected a JSON list with at least one conversation, got dict"),
-        ("[]", "an empty list"),
-        ("3", "got int"),
-        ("[1]", "entry 0"),
-        ('[{"id": 1}]', "entry 0"),
-        (json.dumps([{"conversations": TURNS}, {"conversations": TURNS[:1]}]), "entry 1"),
-        (json.dumps([{"conversations": [{"from": "human"}, {"from": "gpt", "value": "a"}]}]), "entry 0"),
-        (json.dumps([{"conversations": [{"from": "human", "value": None}, TURNS[1]]}]), "entry 0"),
-        (json.dumps([{"conversations": "hello"}]), "entry 0"),
-    ],
-)
-def test_broken_data_is_described(tmp_path, content, named):
-    path = tmp_path / "data.json"
-    path.write_text(content)
-    message = message_of(read_conversations, path)
-    assert named in message and str(path) in message
-
-
-def test_data_that_is_not_text_is_described(tmp_path):
-    (tmp_path / "data.json").write_bytes(b"\xff\xfe\x00binary")
-    assert "not valid JSON" in message_of(read_conversations, tmp_path / "data.json")
-
-
-def test_folder_in_place_of_data_is_described(tmp_path):
-    assert "cannot be read" in message_of(read_conversations, tmp_path)
-
-
-def test_well_formed_data_is_returned(run):
-    assert [sample["conversations"] for sample in read_conversations(run["data_path"])] == [TURNS, TURNS]
-
-
 @pytest.mark.parametrize("processes", [None, "1", "2"])
 def test_each_process_needs_a_conversation(run, monkeypatch, processes):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -149,32 +100,10 @@ def test_more_processes_than_conversations_are_refused(run, monkeypatch):
     assert f"{run['data_path']}: expected at least one conversation for each of 3 processes, got 2" in message
 
 
-def test_first_missing_image_is_named_with_its_entry_and_their_number(run):
-    names = ["1.png", "gone/b.png", "gone/a.png", "gone/b.png"]
-    samples = [{"image": name, "conversations": TURNS} for name in names]
-    message = message_of(check_images, samples, "data.json", run["image_folder"])
-    assert f"{run['image_folder']}/gone/b.png: no such image" in message
-    assert "entry 1 of data.json" in message and "(2 of 3 images are missing)" in message
-
-
-def test_samples_without_images_need_none(run):
-    check_images([{"conversations": TURNS}], "data.json", "/no/such/folder")
-
-
 @pytest.mark.parametrize("place", ["data.json", "data.json/below"])
 def test_output_that_cannot_be_a_folder_is_named(run, tmp_path, place):
     message = message_of(check, run, output_dir=tmp_path / place)
     assert str(tmp_path / place) in message and "cannot be written" in message and "--output_dir" in message
-
-
-def test_output_folder_in_use_is_kept(tmp_path):
-    (tmp_path / "kept").write_text("kept")
-    check_writable(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
-
-
-def test_read_only_place_is_named():
-    assert "cannot be written" in message_of(check_writable, "/proc/llava-mixlora")
 
 
 @pytest.mark.parametrize("bits", ["3", "0", "-4", "four", "4.0"])

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.cpp_extension import get_default_build_root
-from tqdm import tqdm
 from transformers.hf_argparser import string_to_bool
 
-from .adapters.stored_weights import read_json
-from .errors import MixLoraError
+from ..errors import MixLoraError
+from ..inputs import check_images, check_model_path, check_writable, read_conversations, read_json
+from ..shipped import shipped
 
 
 def check_training_inputs(argv: Sequence[str]) -> None:
@@ -75,14 +73,14 @@ def check_quantization(argv: Sequence[str]) -> None:
     if flags.deepspeed and _zero_stage(flags.deepspeed) == 3:
         raise MixLoraError(
             f"--bits {flags.bits} with --deepspeed {flags.deepspeed}: ZeRO-3 cannot partition quantized weights; "
-            "expected a configuration of ZeRO stage 2, such as scripts/zero2.json, or --bits 16"
+            f"expected a configuration of ZeRO stage 2, such as {shipped('zero2.json')}, or --bits 16"
         )
 
 
 def _zero_stage(deepspeed_config: str) -> Any:
     if not Path(deepspeed_config).is_file():
         raise MixLoraError(
-            f"--deepspeed {deepspeed_config}: no such file; expected a JSON file like scripts/zero2.json"
+            f"--deepspeed {deepspeed_config}: no such file; expected a JSON file like {shipped('zero2.json')}"
         )
     zero = read_json(Path(deepspeed_config)).get("zero_optimization")
     return zero.get("stage") if isinstance(zero, dict) else None
@@ -98,12 +96,6 @@ def note_compiler_locks(argv: Sequence[str]) -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.glob("**/lock")):
         print(f"note: {lock} exists: something is compiling for DeepSpeed, or was killed while it did; then remove it")
-
-
-def check_model_path(flag: str, value: str | None) -> None:
-    """Refuse a local path that does not exist; a hub name such as `lmsys/vicuna-7b-v1.5` passes."""
-    if value and (value.startswith((".", "/", "~")) or value.count("/") > 1) and not Path(value).expanduser().exists():
-        raise MixLoraError(f"{flag} {value}: no such folder; expected a local model or a hub name like owner/name")
 
 
 def check_architecture(model: str | None) -> None:
@@ -128,36 +120,6 @@ def check_architecture(model: str | None) -> None:
         )
 
 
-def read_conversations(path: str | Path) -> list[dict[str, Any]]:
-    """Read LLaVA's training data: a JSON list of `{"id", "image"?, "conversations": [{"from", "value"}, ...]}`.
-
-    Raises:
-        MixLoraError: the file is missing, not JSON, or an entry has another form.
-    """
-    try:
-        samples = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MixLoraError(f"{path}: no such file; expected a JSON list of conversations") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MixLoraError(f"{path}: not valid JSON ({error}); is the download complete?") from error
-    except OSError as error:
-        raise MixLoraError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from error
-    if not isinstance(samples, list) or not samples:
-        raise MixLoraError(f"{path}: expected a JSON list with at least one conversation, got {_kind(samples)}")
-    for position, sample in enumerate(samples):
-        turns = sample.get("conversations") if isinstance(sample, dict) else None
-        well_formed = isinstance(turns, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-            for turn in turns
-        )
-        if not well_formed or len(turns) < 2:
-            raise MixLoraError(
-                f"{path}: entry {position} has no usable 'conversations'; expected a list of at least two "
-                '{"from": "human" or "gpt", "value": text}'
-            )
-    return samples
-
-
 def check_processes(conversations: int, data_path: str | Path) -> None:
     """Refuse fewer conversations than processes, of which a launcher tells the number in `WORLD_SIZE`.
 
@@ -170,38 +132,3 @@ def check_processes(conversations: int, data_path: str | Path) -> None:
             f"{data_path}: expected at least one conversation for each of {processes} processes, got {conversations}; "
             "add data, or start fewer (GPUS=1, deepspeed --num_gpus 1, torchrun --nproc_per_node 1)"
         )
-
-
-def check_images(samples: list[dict[str, Any]], data_path: str | Path, image_folder: str | Path) -> None:
-    """Refuse data that names an image which is not in `image_folder`.
-
-    Raises:
-        MixLoraError: the first missing image, and how many are missing.
-    """
-    names = {sample["image"]: position for position, sample in reversed(list(enumerate(samples))) if "image" in sample}
-    progress = tqdm(names.items(), desc="Looking for the images", unit="file", disable=len(names) < 50_000)
-    missing = [(position, name) for name, position in progress if not os.path.exists(os.path.join(image_folder, name))]
-    if missing:
-        position, name = min(missing)
-        raise MixLoraError(
-            f"{os.path.join(image_folder, name)}: no such image, but entry {position} of {data_path} names it "
-            f"({len(missing)} of {len(names)} images are missing); check --image_folder"
-        )
-
-
-def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
-    """Create `folder`, given as `flag`, if need be, and refuse one that cannot be written.
-
-    Raises:
-        MixLoraError: with the operating system's reason.
-    """
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise MixLoraError(f"{folder}: cannot be written ({error.strerror}); choose another {flag}") from error
-
-
-def _kind(value: Any) -> str:
-    return "an empty list" if value == [] else type(value).__name__

@@ -1,0 +1,145 @@
+"""Conversations in LLaVA's format as batches for a loaded model, prepared by LLaVA's own data code."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..errors import MixLoraError
+from ..inputs import check_images, read_conversations
+from .loading import Loaded
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """Conversations in LLaVA's format.
+
+    Args:
+        data: a JSON file, as `--data_path` of training.
+        image_folder: where its images lie.
+        task: only samples whose field `"task"` has this value; all when None.
+        samples: how many to draw, a tenth of them being held out; all when there are fewer.
+        version: the conversation template, as `--version` of training.
+        batch_size: how many go through the model at a time.
+    """
+
+    data: str
+    image_folder: str | None = None
+    task: str | None = None
+    samples: int = 512
+    version: str = "v1"
+    batch_size: int = 8
+
+
+def samples_by_task(data: SampleSource, tasks: Sequence[str] = (), seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """`data.samples` samples of each task, by the task that their field `"task"` names.
+
+    Args:
+        data: where from, and how many of each task.
+        tasks: which tasks, in this order; all when empty, in the order of the data.
+        seed: of the choice of samples.
+
+    Raises:
+        MixLoraError: there are fewer than two tasks, or too few samples of one; or no sample has an image, or images
+            are missing.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for sample in read_conversations(data.data):
+        if "task" in sample:
+            found.setdefault(str(sample["task"]), []).append(sample)
+    if unknown := [task for task in tasks if task not in found]:
+        known = ", ".join(found) or "none: no sample has a field 'task'"
+        raise MixLoraError(f"--tasks {' '.join(unknown)}: {data.data} has no samples of it; its tasks are {known}")
+    samples = {task: found[task] for task in tasks or found}
+    if len(samples) < 2:
+        raise MixLoraError(
+            f"--data {data.data}: expected samples of two tasks at least, named in a field 'task'; found "
+            f"{', '.join(samples) or 'none'}"
+        )
+    for task, of_task in samples.items():
+        if len(of_task) < data.samples:
+            raise MixLoraError(
+                f"--samples {data.samples}: {data.data} has {len(of_task)} of task {task!r}; ask for fewer"
+            )
+        random.Random(seed).shuffle(of_task)
+    samples = {task: of_task[: data.samples] for task, of_task in samples.items()}
+    check_shows_images("--data", [sample for of_task in samples.values() for sample in of_task], data)
+    return samples
+
+
+def check_shows_images(flag: str, samples: list[dict[str, Any]], given: SampleSource) -> None:
+    if not any("image" in sample for sample in samples):
+        raise MixLoraError(
+            f"{flag} {given.data}: none of its samples has an image, so it does not show what LLaVA's layers see in "
+            "use; pass data with images"
+        )
+    if given.image_folder is None:
+        raise MixLoraError(f"{flag} {given.data} names images; pass the folder they lie in as --image-folder")
+    check_images(samples, given.data, given.image_folder)
+
+
+def batches(samples: list[dict], loaded: Loaded, given: SampleSource, title: str) -> Iterator[Batch]:
+    """The samples as LLaVA's training prepares them, with the image features in the sequence: inputs of the model."""
+    dataset, collate = training_data(samples, loaded, given.image_folder, given.version)
+    for start in tqdm(range(0, len(samples), given.batch_size), desc=title, unit="batch"):
+        batch = collate([dataset[number] for number in range(start, min(start + given.batch_size, len(samples)))])
+        yield with_images(loaded[1], batch)
+
+
+def training_data(
+    samples: list[dict], loaded: Loaded, image_folder: str | Path | None, version: str
+) -> tuple[Any, Callable[[list[dict[str, Any]]], Batch]]:
+    """Upstream's data set of conversations, and its function that makes a batch of some of its items.
+
+    Sets upstream's conversation template, which is global there.
+
+    Raises:
+        MixLoraError: there is no template `version`.
+    """
+    from llava import conversation
+    from llava.train.train import DataArguments, make_supervised_data_module
+
+    if version not in conversation.conv_templates:
+        known = ", ".join(conversation.conv_templates)
+        raise MixLoraError(f"--version {version}: no such conversation template; expected one of {known}")
+    conversation.default_conversation = conversation.conv_templates[version]
+    tokenizer, model, image_processor = loaded
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(samples, file)
+        file.flush()
+        arguments = DataArguments(data_path=file.name, image_folder=str(image_folder), is_multimodal=True)
+        arguments.image_processor = image_processor
+        arguments.image_aspect_ratio = getattr(model.config, "image_aspect_ratio", None) or "square"
+        arguments.mm_use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)
+        module = make_supervised_data_module(tokenizer, arguments)
+    return module["train_dataset"], module["data_collator"]
+
+
+def with_images(model: nn.Module, batch: Batch) -> Batch:
+    """LLaVA's batch after it has put the image features into the sequence, which settles mask and labels.
+
+    Args:
+        model: a PeftModel around a LLaVA.
+        batch: `input_ids`, `attention_mask` and `labels` [B, T], and `images` [B, 3, height, width].
+
+    Returns:
+        `inputs_embeds` [B, S, d], `attention_mask` and `labels` [B, S], and `position_ids` (None).
+    """
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    with torch.no_grad():
+        _, positions, mask, _, embeddings, labels = model.get_base_model().prepare_inputs_labels_for_multimodal(
+            batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"].to(model.dtype)
+        )
+    return {"inputs_embeds": embeddings, "position_ids": positions, "attention_mask": mask, "labels": labels}
