@@ -20,6 +20,7 @@ from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.training.checkpoint import check_same_adapter
 from llava_mixlora.training.preflight import check_training_inputs
+from llava_mixlora.training.record import training_record
 
 from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
@@ -188,6 +189,7 @@ def _adapter_by_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         if flags is None or not flags.mixlora_enable:
             return original(model, peft_config, *args, **kwargs)
         peft_config = flags.mixlora_config(sorted(peft_config.target_modules))
+        peft_config.training_record = training_record(sys.argv[1:], flags)
         adapted = original(model, peft_config, *args, **kwargs)
         if flags.bits in (4, 8) and flags.bf16:
             _store_adapter_in_bfloat16(adapted)

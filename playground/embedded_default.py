@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     from llava_mixlora import MixLoraConfig
     from llava_mixlora.inputs import check_writable
+    from llava_mixlora.method.model_card import add_results
     from llava_mixlora.training.preflight import check_quantization
 
     MixLoraConfig(r=arguments.rank, num_factors=arguments.factors, routing=arguments.routing)
@@ -95,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     report.draw_loss_curve(output / "loss_curve.png", output / "trainer_state.json")
     report.draw_factor_usage(output / "factor_usage.png", after)
     write_json(output / RESULTS, contents)
+    add_results(output, report.markdown(contents))
     _show(contents, report.samples(questions, after.texts), report.table(contents), output, data)
 
 

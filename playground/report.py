@@ -55,6 +55,20 @@ def table(contents: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def markdown(contents: dict[str, Any]) -> str:
+    """The accuracies as a Markdown table, for the model card."""
+    rows = [
+        "Held-out accuracy (exact match, greedy) of the embedded default.",
+        "",
+        "| task | questions | before | after |",
+        "| --- | --- | --- | --- |",
+    ]
+    rows += [f"| {task} | {r['n']} | {r['before']:.1f}% | {r['after']:.1f}% |" for task, r in contents["tasks"].items()]
+    total = sum(row["n"] for row in contents["tasks"].values())
+    rows.append(f"| **mean** | {total} | {contents['mean_before']:.1f}% | **{contents['mean_after']:.1f}%** |")
+    return "\n".join(rows)
+
+
 def samples(questions: list[dict[str, Any]], texts: list[str], count: int = 6) -> list[tuple[dict[str, Any], str]]:
     """`count` questions of different tasks, each with the model's answer; the same ones every time."""
     numbers = _drawn_of_each_task(questions, 1)

@@ -32,8 +32,10 @@ from tqdm import tqdm
 from ..errors import MixLoraError
 from ..inputs import read_json
 from ..method.config import MixLoraConfig
+from ..method.model_card import TrainingRecord, write_card
 from ..method.tensor_names import PEFT_PREFIX
 from .adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
+from .llava_card import LOADING
 from .model_folders import base_folder, check_output, new_folder
 from .stored_weights import StoredWeights
 
@@ -119,11 +121,12 @@ def convert(
     beside = _trained_beside(rest, stored, base, model_base)
     config = _adapter_config(options, _targets(list(layers), base), model_base)
     with new_folder("--output", output) as folder:
-        config.save_pretrained(str(folder))
+        config.save_pretrained(folder)
         save_file(adapter, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         torch.save(beside, folder / NON_LORA_TRAINABLES)
         llava_config = _for_upstream(llava_config, model_base, vision_tower)
         (folder / "config.json").write_text(json.dumps(llava_config, indent=2) + "\n", encoding="utf-8")
+    write_card(config, output, TrainingRecord(loading=LOADING))
     return config
 
 

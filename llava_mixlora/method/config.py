@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from ..errors import MixLoraError
+from .model_card import TrainingRecord, write_card
 from .registration import MIXLORA, PeftConfig
 
 ROUTINGS = ("ifs_cfs", "ifs", "random")
@@ -118,6 +120,9 @@ class MixLoraConfig(PeftConfig):
         metadata={"help": "Version of the saved adapter's format; an adapter of a later one than is known is refused."},
     )
 
+    training_record: ClassVar[TrainingRecord | None] = None
+    """What the model card shall tell of the training; assigned to an instance, and no part of `adapter_config.json`."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MIXLORA
@@ -142,6 +147,11 @@ class MixLoraConfig(PeftConfig):
             "cfs_product": "sums",
         }
         return cls(**{**released, **overrides})
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write `adapter_config.json` and, beside an adapter that `PeftModel.save_pretrained` has saved, its card."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        write_card(self, save_directory, self.training_record)
 
     def rank_of(self, layer: str) -> int:
         """r in the layer of this name: that of the first key of `rank_pattern` that matches it, or else `r`."""

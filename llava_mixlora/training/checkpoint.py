@@ -107,7 +107,7 @@ def verify(checkpoint: Path) -> None:
     for line in sums.read_text(encoding="utf-8").splitlines():
         expected, _, name = line.partition("  ")
         try:
-            actual = _sha256(checkpoint / name)
+            actual = sha256_of(checkpoint / name)
         except OSError as error:
             raise MixLoraError(f"{checkpoint / name} cannot be read ({error.strerror})") from error
         if actual != expected:
@@ -161,13 +161,14 @@ _OTHER_RUN = "use the flags that it was trained with to go on, or choose another
 def _seal(folder: Path) -> None:
     """Flush every file and folder below `folder`, and list the files' checksums in `CHECKSUMS`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_sha256(path, flush=True)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{sha256_of(path, flush=True)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     for path in (folder / CHECKSUMS, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _flush(path)
 
 
-def _sha256(path: Path, flush: bool = False) -> str:
+def sha256_of(path: Path, flush: bool = False) -> str:
+    """The checksum of a file, in hexadecimal digits; with `flush`, once the file is on the disk."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         if flush:

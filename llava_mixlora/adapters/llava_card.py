@@ -1,0 +1,24 @@
+"""What a model card says of an adapter for LLaVA, whose projector lies beside the adapter."""
+
+from __future__ import annotations
+
+from .adapter_folder import NON_LORA_TRAINABLES
+
+LOADING = f"""```bash
+pip install --no-deps llava-torch==1.2.2.post1 && pip install llava-mixlora
+llava-mixlora run -m llava.serve.cli --model-path ADAPTER --image-file IMAGE
+```
+
+ADAPTER is this folder; its base is found by the name that it records (`--model-base` names another place). In Python:
+
+```python
+from llava_mixlora import patches  # makes PEFT know the type MIXLORA, and LLaVA keep the adapter
+
+patches.apply()
+from llava.model.builder import load_pretrained_model
+
+tokenizer, model, image_processor, _ = load_pretrained_model("ADAPTER", None, "llava-mixlora")
+```
+
+The projector was trained beside the adapter and lies in `{NON_LORA_TRAINABLES}`: with `PeftModel.from_pretrained` alone
+the base's stays in its place. Without `import llava_mixlora`, PEFT ends with `KeyError: 'MIXLORA'`."""

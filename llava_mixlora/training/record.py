@@ -1,0 +1,42 @@
+"""What the model card tells of a run of `llava.train.train`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..adapters.llava_card import LOADING
+from ..inputs import read_conversations
+from ..method.model_card import TrainingRecord
+from .checkpoint import sha256_of
+
+HYPERPARAMETERS = (
+    *("learning_rate", "mixlora_router_lr", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "num_train_epochs", "max_steps"),
+    *("model_max_length", "optim", "bits", "bf16", "fp16", "seed", "mixlora_preset"),
+)
+
+
+def training_record(argv: Sequence[str], flags: Any) -> TrainingRecord:
+    """Data and hyperparameters of the run; of the data only in the process that writes the card, which reads them.
+
+    Args:
+        argv: the words of the run's command line.
+        flags: upstream's `TrainingArguments`, as parsed.
+    """
+    told = {name: getattr(flags, name) for name in HYPERPARAMETERS if getattr(flags, name, None) not in (None, "", -1)}
+    record = TrainingRecord(hyperparameters={name: _plain(value) for name, value in told.items()}, loading=LOADING)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--data_path")
+    data = parser.parse_known_args(argv)[0].data_path
+    if data and os.environ.get("RANK", "0") == "0":
+        record.data, record.samples = Path(data).name, len(read_conversations(data))
+        record.sha256 = sha256_of(Path(data))
+    return record
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # of an enum
