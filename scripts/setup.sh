@@ -36,7 +36,10 @@ llava_mixlora_setup() {
     # The stamp names what was installed from where, so a changed requirement or a moved clone installs again.
     stamp="$(python -c 'import sys; print(sys.prefix)')/.llava-mixlora-setup"
     wanted="$root $extras $(cat "$root/pyproject.toml" "$constraints" "$root/scripts/setup.sh" | cksum)"
-    if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && python -c 'from llava_mixlora import MixLoraConfig' 2>/dev/null; then
+    # Whether packages are there, not whether they work (`llava-mixlora doctor`): importing them takes ten seconds.
+    if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]] && python -c '
+import importlib.util as util, sys
+sys.exit(any(util.find_spec(name) is None for name in ("llava_mixlora", "torch", "transformers", "peft", "llava")))'; then
         return 0
     fi
 
