@@ -15,7 +15,8 @@ def repository() -> Path | None:
 
 
 def shipped(name: str) -> Path:
-    """Where `zero2.json`, `constraints.txt` or another setting of `scripts/` lies here, as short as can be."""
+    """Where `zero2.json`, `constraints.txt` or another setting of `scripts/` lies here, as it can be typed."""
     root = repository()
-    file = (PACKAGE if root is None else root) / "scripts" / name
-    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    if root == Path.cwd():
+        return Path("scripts", name)
+    return (root or PACKAGE) / "scripts" / name
