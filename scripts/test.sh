@@ -26,6 +26,7 @@ if [[ $# -gt 0 ]]; then
 fi
 # A file's tests share what they train, so they stay together, and the end-to-end files, the longest, begin; more than
 # four processes would wait for them.
+export TESTS_COMPILED="$PWD/.stacks/compiled" # shared with scripts/test_stacks.sh: DeepSpeed compiles for a minute
 coverage erase
 coverage run -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist loadfile --no-loadscope-reorder --durations 15
 coverage combine --quiet

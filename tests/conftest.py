@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from llava_mixlora import patches
 
 from .tiny import VOCABULARY
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Coverage is of what the tests' own processes run. In the programs that tests start, it makes imports, which are
+    # most of what these do, take two thirds longer.
+    os.environ.pop("COVERAGE_PROCESS_CONFIG", None)
 
 torch.set_num_threads(1)  # more of them cost tiny models more than they gain
 

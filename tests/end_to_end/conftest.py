@@ -1,9 +1,13 @@
 """What end-to-end tests train on."""
 
+import os
+
 import pytest
 import torch
+from filelock import FileLock
 
 from ..conftest import PACKABLE_LLAMA
+from .main_job import finetune
 from .training import write_inputs
 
 ANSWER = "red"  # always: the loss is a mean over tokens, and halves of a batch must have equally many
@@ -17,3 +21,19 @@ def inputs(tmp_path_factory, _llava, clip_folder, tokenizer_folder):
     flags = write_inputs(tmp_path_factory.mktemp("inputs"), llava, clip_folder, tokenizer_folder, 8 * [ANSWER])
     optimizer = ["--optim=sgd", "--learning_rate=1.0"]  # Adam makes full steps of what is rounding noise in a gradient
     return [*flags, *optimizer, "--max_steps=2", "--evaluation_strategy=no", "--save_strategy=no"]
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory):
+    """A place in which the main job has run once, for all processes that share the tests, and what it printed."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    place, printed = shared / "main-job", shared / "main-job.txt"
+    with FileLock(shared / "main-job.lock"):
+        if not printed.is_file():
+            place.mkdir(exist_ok=True)
+            done = finetune(place, "ifs_cfs", "8", "2")
+            assert done.returncode == 0, done.stdout + done.stderr
+            printed.write_text(done.stdout)
+    return place, printed.read_text()

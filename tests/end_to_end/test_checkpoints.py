@@ -157,6 +157,7 @@ def test_checkpoint_loads_as_the_final_output_does(mixlora, patched):
         _, model, _, _ = load_pretrained_model(str(folder), None, folder.name, device="cpu")
         logits.append(model.float()(input_ids=ids, images=images).logits)
     assert torch.equal(*logits)
+    assert "## Load it" in (mixlora.uninterrupted / f"checkpoint-{STEPS}" / "README.md").read_text()
 
 
 def test_checkpoint_of_plain_lora_loads_through_upstreams_branch(inputs, tmp_path, patched):

@@ -59,11 +59,13 @@ def train(launcher, inputs, output, *flags):
 def environment():
     """One thread per process, so that a run can be repeated to the bit; DeepSpeed on the CPU.
 
-    What DeepSpeed compiles stays in the environment that runs the tests: a lock that a killed process has left in the
-    user's cache would let them wait for ever.
+    What DeepSpeed compiles stays in the environment that runs the tests, or where `TESTS_COMPILED` says, which lets
+    stacks with the same torch share it: a lock that a killed process has left in the user's cache would let them wait
+    for ever.
     """
     chosen = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **chosen, "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions")}
+    compiled = os.environ.get("TESTS_COMPILED") or str(Path(sys.prefix) / "torch_extensions")
+    return {**os.environ, **chosen, "TORCH_EXTENSIONS_DIR": compiled}
 
 
 def program(name):

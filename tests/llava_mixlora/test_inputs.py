@@ -8,6 +8,8 @@ from llava_mixlora.inputs import check_images, check_writable, read_conversation
 
 from ..tiny import message_of
 
+pytestmark = pytest.mark.one_stack
+
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."}]
 
 

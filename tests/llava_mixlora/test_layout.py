@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.one_stack
+
 ROOT = Path(__file__).parents[2]
 GROUND, ROOF = "on the ground", "on the roof"
 ORDER = (

@@ -7,6 +7,8 @@ import torch
 
 from llava_mixlora.analysis.interference_estimate import ESTIMATORS, MEAN_OF_RATIOS, batch_gains, estimate
 
+pytestmark = pytest.mark.one_stack
+
 d = 64
 
 

@@ -7,6 +7,8 @@ from packaging.requirements import Requirement
 
 from llava_mixlora.diagnosis.stacks import STACKS, differences, nearest
 
+pytestmark = pytest.mark.one_stack
+
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 
 

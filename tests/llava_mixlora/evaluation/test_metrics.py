@@ -9,6 +9,8 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from llava_mixlora.evaluation.metrics import contained_match, exact_match, mme, pope, says_yes
 
+pytestmark = pytest.mark.one_stack
+
 ANSWERS = ["Yes", "no", "No.", "yes, there is", "There is not", "No, there is none. Yes", "a nod", "yes. no", ""]
 yes_or_no = st.sampled_from(["yes", "no"])
 

@@ -8,6 +8,8 @@ from PIL import Image
 from llava_mixlora import MixLoraError
 from llava_mixlora.evaluation.questions import read_questions
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture
 def place(tmp_path):

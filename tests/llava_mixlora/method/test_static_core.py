@@ -20,6 +20,8 @@ from llava_mixlora.method.static_core import (
     squared_norm,
 )
 
+pytestmark = pytest.mark.one_stack
+
 SCALING = 1.5
 shapes = given(
     B=st.integers(1, 6),

@@ -10,6 +10,8 @@ from llava_mixlora.training.preflight import check_quantization, check_training_
 
 from ...tiny import message_of
 
+pytestmark = pytest.mark.one_stack
+
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."}]
 
