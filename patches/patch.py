@@ -146,4 +146,6 @@ def _installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError as error:
-        raise PatchError(f"{package} is not installed, but LLaVA needs it; run scripts/setup.sh") from error
+        raise PatchError(
+            f"{package} is not installed, but LLaVA needs it; `llava-mixlora doctor` tells the command"
+        ) from error

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import import_error
+from ..shipped import repository
 from .stacks import STACKS, differences, nearest
 
 # What the plugin and LLaVA import besides the packages of a stack, by what pip installs it from.
@@ -108,7 +109,8 @@ def _try_parts() -> Iterator[tuple[str, Part]]:
     for bits in (4, 8):
         yield keep(f"{bits}-bit weights", after(["bitsandbytes"], lambda bits=bits: _quantized(bits)))
     yield keep("flash-attn", after(["torch", "transformers"], _flash_attention))
-    yield keep("playground's packages", _packages(PLAYGROUND))
+    if repository() is not None:
+        yield keep("playground's packages", _packages(PLAYGROUND))
     yield keep("plotting packages", _packages(PLOTS))
     yield keep("serving packages", _packages(SERVING))
     yield keep("lmms-eval", _lmms_eval())
