@@ -133,3 +133,8 @@ def test_wheel_holds_every_package():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     packages = {name for name, file in LIBRARY.items() if file.stem == "__init__"}
     assert set(listed) == packages | {"llava_mixlora.scripts"}
+
+
+def test_table_of_the_rooms_is_in_the_order_of_the_floors():
+    text = (ROOT / "llava_mixlora" / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)/`", text, flags=re.M) == list(ORDER[1:-1])
