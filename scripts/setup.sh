@@ -8,6 +8,11 @@
 # PYTHON=python3.11 chooses the interpreter of a new .venv, CONSTRAINTS another file of versions to install
 # (scripts/constraints-transformers-4.37.txt: LLaVA's own), and EXTRAS what is installed beside LLaVA.
 
+if [[ "${BASH_SOURCE[0]}" == "$0" && ("${1:-}" == "-h" || "${1:-}" == "--help") ]]; then
+    sed -n '2,/^$/{/^$/d;s/^# \{0,1\}//p}' "$0"
+    exit 0
+fi
+
 llava_mixlora_setup() {
     local root venv_python stamp wanted constraints extras
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1

@@ -54,26 +54,40 @@ in_stack() {
     )
 }
 
+# test_stack STACK PROCESSES: what is run in the stack's environment.
 test_stack() {
-    local processes
-    processes="$(nproc)"
     if [[ " ${SKIP_TESTS:-} " != *" $1 "* ]]; then
-        python -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist loadfile --no-loadscope-reorder \
+        python -m pytest --numprocesses "$2" --dist loadfile --no-loadscope-reorder \
             -m "not slow and not one_stack" "${tests[@]}" || return 1
     fi
     python -m pytest tests/stacks -k trains
 }
 
-failed=0
-summary=()
-for stack in "${stacks[@]}"; do
-    echo "== $stack"
+# of_stack STACK PROCESSES: installs and tests it; the last line says how that went.
+of_stack() {
+    local installed
+    echo "== $1"
     SECONDS=0
-    in_stack "$stack" true || { failed=1; summary+=("$stack: NOT INSTALLED"); continue; }
+    in_stack "$1" true || { echo "$1: NOT INSTALLED"; return 1; }
     installed=$SECONDS
     SECONDS=0
-    if in_stack "$stack" test_stack "$stack"; then outcome=passed; else outcome=FAILED failed=1; fi
-    summary+=("$stack: $outcome in $SECONDS s, installed in $installed s")
+    in_stack "$1" test_stack "$1" "$2" || { echo "$1: FAILED in $SECONDS s, installed in $installed s"; return 1; }
+    echo "$1: passed in $SECONDS s, installed in $installed s"
+}
+
+# All at once, with one process or more each: much of it waits for a single one. What they say comes when they end.
+processes="$(($(nproc) / ${#stacks[@]}))"
+failed=0
+running=()
+summary=()
+for stack in "${stacks[@]}"; do
+    of_stack "$stack" "$((processes > 1 ? processes : 1))" > "$shared/$stack.log" 2>&1 &
+    running+=("$!")
+done
+for number in "${!stacks[@]}"; do
+    wait "${running[number]}" || failed=1
+    cat "$shared/${stacks[number]}.log"
+    summary+=("$(tail -n 1 "$shared/${stacks[number]}.log")")
 done
 for stack in "${stacks[@]}"; do
     echo "== adapters of all stacks on $stack"

@@ -10,6 +10,7 @@ QLORA_SCRIPT = ROOT / "scripts" / "finetune_mixlora_qlora.sh"
 MERGE_SCRIPT = ROOT / "scripts" / "merge_mixlora.sh"
 EVAL_SCRIPT = ROOT / "scripts" / "eval_mixlora.sh"
 GPU_SCRIPT = ROOT / "scripts" / "benchmark_gpu.sh"
+SETUP_SCRIPT = ROOT / "scripts" / "setup.sh"
 MME_SCRIPT = ROOT / "scripts" / "eval_mme.sh"
 TASKS = 12
 ONE_STEP = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]

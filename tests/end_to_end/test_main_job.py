@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .main_job import CACHED, ONE_STEP, QLORA_SCRIPT, SCRIPT, TASKS, environment, finetune
+from .main_job import CACHED, ONE_STEP, QLORA_SCRIPT, SCRIPT, SETUP_SCRIPT, TASKS, environment, finetune
 
 
 def test_output_holds_adapter_results_and_pictures(main_job):
@@ -178,3 +178,11 @@ def test_help_of_the_qlora_script_explains_both():
     done = subprocess.run(["bash", str(QLORA_SCRIPT), "--help"], capture_output=True, text=True)
     assert done.returncode == 0
     assert "4-bit weights" in done.stdout and "ROUTING" in done.stdout and "OUTPUT_DIR" in done.stdout
+
+
+def test_help_of_the_setup_installs_nothing(tmp_path):
+    nowhere = {"PATH": os.environ["PATH"], "VIRTUAL_ENV": str(tmp_path)}
+    done = subprocess.run(["bash", str(SETUP_SCRIPT), "--help"], capture_output=True, text=True, env=nowhere)
+    assert done.returncode == 0 and "CONSTRAINTS" in done.stdout
+    assert done.stdout.startswith("Installs llava-mixlora") and not done.stdout.rstrip().endswith("{")
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -80,13 +81,14 @@ def answer(folder):
 def inputs(_llava, clip_folder, tokenizer_folder):
     """What all stacks train on; the first one writes it."""
     flags = SHARED / "flags.txt"
-    if not flags.is_file():
-        shutil.copytree(clip_folder, SHARED / "clip")
-        answers = ["red", "green", "blue", "circle"]
-        base = copy.deepcopy(_llava)
-        base.config.mm_vision_tower = str(SHARED / "clip")
-        written = write_inputs(SHARED, base, SHARED / "clip", tokenizer_folder, answers)
-        flags.write_text("\n".join(written))
+    with FileLock(SHARED / "flags.lock"):
+        if not flags.is_file():
+            shutil.copytree(clip_folder, SHARED / "clip")
+            answers = ["red", "green", "blue", "circle"]
+            base = copy.deepcopy(_llava)
+            base.config.mm_vision_tower = str(SHARED / "clip")
+            written = write_inputs(SHARED, base, SHARED / "clip", tokenizer_folder, answers)
+            flags.write_text("\n".join(written))
     return flags.read_text().splitlines()
 
 
