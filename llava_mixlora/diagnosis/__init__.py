@@ -1,1 +1,1 @@
-"""What works on this machine, and how much memory a run will need."""
+"""What works here, what a run will need, which patches fit. Imports `patches` and the rooms below it."""

@@ -1,1 +1,1 @@
-"""Benchmarks: questions, answers and scores."""
+"""Benchmarks: questions, answers and scores. Imports `inference` and the rooms below it."""

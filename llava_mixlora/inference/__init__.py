@@ -1,1 +1,1 @@
-"""A LLaVA in memory, ready to be asked or to be measured on data. Imports `patches` and the rooms below it."""
+"""A LLaVA in memory, asked or measured on data. Imports `patches`, which loading applies, and what is below."""

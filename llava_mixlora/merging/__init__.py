@@ -1,1 +1,1 @@
-"""Static stand-ins for an adapter: made, judged, and merged into its base."""
+"""Static stand-ins for an adapter: made, judged, merged into its base. Imports `inference` and what is below."""

@@ -1,1 +1,1 @@
-"""What a training run needs beside the method: checkpoints, signals, logs and shared counts."""
+"""What a run needs beside the method: checks, checkpoints, signals, logs, counts. Imports `method`, `adapters`."""
