@@ -32,10 +32,10 @@ from tqdm import tqdm
 from ..errors import MixLoraError
 from ..inputs import read_json
 from ..method.config import MixLoraConfig
-from ..method.model_card import TrainingRecord, write_card
+from ..method.model_card import write_card
 from ..method.tensor_names import PEFT_PREFIX
 from .adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
-from .llava_card import LOADING
+from .llava_card import llava_record
 from .model_folders import base_folder, check_output, new_folder
 from .stored_weights import StoredWeights
 
@@ -126,7 +126,7 @@ def convert(
         torch.save(beside, folder / NON_LORA_TRAINABLES)
         llava_config = _for_upstream(llava_config, model_base, vision_tower)
         (folder / "config.json").write_text(json.dumps(llava_config, indent=2) + "\n", encoding="utf-8")
-    write_card(config, output, TrainingRecord(loading=LOADING))
+    write_card(config, output, llava_record())
     return config
 
 

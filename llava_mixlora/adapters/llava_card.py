@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from ..method.model_card import TrainingRecord
 from .adapter_folder import NON_LORA_TRAINABLES
+
+
+def llava_record() -> TrainingRecord:
+    """The record of a training of which nothing is known but that it was of a LLaVA."""
+    return TrainingRecord(loading=LOADING, pipeline_tag="image-text-to-text")
+
 
 LOADING = f"""```bash
 pip install --no-deps llava-torch==1.2.2.post1 && pip install llava-mixlora

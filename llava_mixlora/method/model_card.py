@@ -40,6 +40,7 @@ class TrainingRecord:
         sha256: of its file, in hexadecimal digits.
         hyperparameters: by name.
         loading: Markdown on how to load the adapter, where `PeftModel.from_pretrained` is not all.
+        pipeline_tag: the hub's word for what the model does, where PEFT's is not right.
     """
 
     data: str | None = None
@@ -47,6 +48,7 @@ class TrainingRecord:
     sha256: str | None = None
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     loading: str | None = None
+    pipeline_tag: str | None = None
 
 
 def write_card(config: PeftConfig, folder: str | Path, record: TrainingRecord | None = None) -> None:
@@ -55,7 +57,7 @@ def write_card(config: PeftConfig, folder: str | Path, record: TrainingRecord | 
     It takes the place of the empty template that PEFT writes, and of an earlier card of this function; a text that
     somebody wrote stays. Where `folder` holds a configuration and no adapter, nothing is written.
     """
-    folder = Path(folder)
+    folder, record = Path(folder), record or TrainingRecord()
     if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         return
     file = folder / CARD
@@ -71,7 +73,8 @@ def write_card(config: PeftConfig, folder: str | Path, record: TrainingRecord | 
         data.base_model = None
         tags = {tag for tag in tags if not tag.startswith("base_model:")}
     data.tags = sorted(tags)
-    text = "\n".join(_lines(config, folder, base, record or TrainingRecord()))
+    data.pipeline_tag = record.pipeline_tag or data.pipeline_tag
+    text = "\n".join(_lines(config, folder, base, record))
     file.write_text(f"---\n{data.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
 
 
@@ -123,7 +126,7 @@ def _lines(config: PeftConfig, folder: Path, base: str | None, record: TrainingR
     facts = {"data": record.data, "samples": record.samples, "sha256 of the data": record.sha256}
     told = {name: value for name, value in {**facts, **record.hyperparameters}.items() if value is not None}
     if told:
-        yield from _table(("", ""), told)
+        yield from _table(("what", "value"), told)
     yield ""
     yield "## Versions"
     yield ""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapters.llava_card import LOADING
+from ..adapters.llava_card import llava_record
 from ..inputs import read_conversations
 from ..method.model_card import TrainingRecord
 from .checkpoint import sha256_of
@@ -28,7 +28,8 @@ def training_record(argv: Sequence[str], flags: Any) -> TrainingRecord:
         flags: upstream's `TrainingArguments`, as parsed.
     """
     told = {name: getattr(flags, name) for name in HYPERPARAMETERS if getattr(flags, name, None) not in (None, "", -1)}
-    record = TrainingRecord(hyperparameters={name: _plain(value) for name, value in told.items()}, loading=LOADING)
+    record = llava_record()
+    record.hyperparameters = {name: _plain(value) for name, value in told.items()}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--data_path")
     data = parser.parse_known_args(argv)[0].data_path

@@ -36,6 +36,7 @@ def test_card_tells_data_hyperparameters_and_results(main_job):
     results = json.loads((place / "llava-v1-out" / "results.json").read_text())
     assert f"| **mean** | {3 * TASKS} | {results['mean_before']:.1f}% | **{results['mean_after']:.1f}%** |" in card
     assert "llava-mixlora run -m llava.serve.cli" in card and str(place) not in card
+    assert "\npipeline_tag: image-text-to-text\n" in card
 
 
 def test_results_report_every_task_before_and_after(main_job):

@@ -369,3 +369,10 @@ def test_command_line_converts(checkpoint, tmp_path, capsys):
     assert out in capsys.readouterr().out
     assert main(words) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("llava-mixlora: error: --output ")
+
+
+def test_card_tells_how_llava_loads_it(converted):
+    adapter = converted()
+    card = (adapter / "README.md").read_text()
+    assert f"# {adapter.name}: a MixLoRA adapter" in card and "llava-mixlora run -m llava.serve.cli" in card
+    assert "| router_gradient | none |" in card and "Data and hyperparameters are not recorded." in card
