@@ -58,9 +58,8 @@ in_stack() {
 test_stack() {
     if [[ " ${SKIP_TESTS:-} " != *" $1 "* ]]; then
         python -m pytest --numprocesses "$2" --dist loadfile --no-loadscope-reorder \
-            -m "not slow and not one_stack" "${tests[@]}" || return 1
+            -m "not slow and not one_stack" "${tests[@]}"
     fi
-    python -m pytest tests/stacks -k trains
 }
 
 # of_stack STACK PROCESSES: installs and tests it; the last line says how that went.
@@ -89,10 +88,15 @@ for number in "${!stacks[@]}"; do
     cat "$shared/${stacks[number]}.log"
     summary+=("$(tail -n 1 "$shared/${stacks[number]}.log")")
 done
-for stack in "${stacks[@]}"; do
-    echo "== adapters of all stacks on $stack"
-    if in_stack "$stack" python -m pytest tests/stacks -k load; then outcome=load; else outcome="DO NOT LOAD" failed=1; fi
-    summary+=("$stack: adapters of ${stacks[*]} $outcome")
+# One after the other: the first, the oldest, writes the base that all train on, since older versions of transformers do
+# not read what newer ones write.
+for what in trains load; do
+    for stack in "${stacks[@]}"; do
+        echo "== adapters on $stack: $what"
+        outcome=passed
+        in_stack "$stack" python -m pytest tests/stacks -k "$what" || { outcome=FAILED; failed=1; }
+        summary+=("$stack: adapters of ${stacks[*]}, $what: $outcome")
+    done
 done
 printf '%s\n' "" "${summary[@]}"
 exit "$failed"
