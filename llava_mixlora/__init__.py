@@ -6,16 +6,32 @@ Importing this package registers the PEFT type `MIXLORA` and changes nothing els
 
 import sys
 from contextlib import redirect_stdout
+from importlib import import_module
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from .errors import MixLoraError
 
-__all__ = ["MixLoraConfig", "MixLoraError", "MixLoraLayer", "MixLoraModel"]
+if TYPE_CHECKING:
+    from .training.routing_callback import RoutingCallback
+    from .training.shared_statistics import share_statistics
+
+__all__ = [
+    "MixLoraConfig",
+    "MixLoraError",
+    "MixLoraLayer",
+    "MixLoraModel",
+    "RoutingCallback",
+    "known_prompt",
+    "share_statistics",
+]
 __version__ = version("llava-mixlora")
 
+_ON_DEMAND = {"RoutingCallback": "routing_callback", "share_statistics": "shared_statistics"}
+"""Names of the room `training`, whose modules import transformers' Trainer, and the modules that have them."""
+
 import_error: Exception | None = None
-"""Why the method could not be imported: `llava-mixlora doctor`, which tells what is missing, has to start then too."""
+"""Why the method cannot be used: `llava-mixlora doctor`, which tells what is missing, has to start then too."""
 
 try:
     # Older accelerate imports DeepSpeed, which logs to the standard output, where programs read `doctor --json`.
@@ -23,21 +39,31 @@ try:
         from .method.config import MixLoraConfig
         from .method.layer import MixLoraLayer
         from .method.model import MixLoraModel
-        from .method.registration import KNOWS_NO_OTHER_TYPE, register
+        from .method.registration import KNOWS_NO_OTHER_TYPE, register, withdraw
+        from .method.routing_scope import known_prompt
 
     register(MixLoraConfig, MixLoraModel)
     if KNOWS_NO_OTHER_TYPE:
         from .patches import peft_save_and_load
 
-        for patch in peft_save_and_load.PATCHES:
-            patch.apply()
+        try:
+            for patch in peft_save_and_load.PATCHES:
+                patch.apply()
+        except Exception:
+            withdraw()
+            for patch in reversed(peft_save_and_load.PATCHES):
+                patch.undo()
+            raise
 except Exception as error:  # what an installation in pieces raises can be anything
     import_error = error
+    for _name in ("MixLoraConfig", "MixLoraLayer", "MixLoraModel", "known_prompt"):
+        globals().pop(_name, None)  # what was imported before the failure could train, but not save
 
-    def __getattr__(name: str) -> Any:
-        if name in __all__:
-            _raise_import_error(name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    def _raise_import_error(name: str) -> NoReturn:
-        raise ImportError(f"{__name__}.{name}: {import_error}; `llava-mixlora doctor` tells more") from import_error
+def __getattr__(name: str) -> Any:
+    if import_error is not None and name in __all__:
+        reason = str(import_error) or type(import_error).__name__
+        raise ImportError(f"{__name__}.{name}: {reason}; `llava-mixlora doctor` tells more") from import_error
+    if name in _ON_DEMAND:
+        return getattr(import_module(f".training.{_ON_DEMAND[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,6 +45,9 @@ class MixLoraArguments:
     mixlora_decode_routing: Optional[str] = field(
         default=None, metadata={"help": "prefill (default) keeps the prompt's routes while generating, or step."}
     )
+    mixlora_unknown_prompt: Optional[str] = field(
+        default=None, metadata={"help": "What a step does whose labels show no prompt: warn (default) or error."}
+    )
     mixlora_balance_loss_weight: Optional[float] = field(
         default=None, metadata={"help": "Weight of a loss term that favours using all factors alike. Default: 0."}
     )
@@ -80,6 +83,7 @@ class MixLoraArguments:
             "router_gradient": self.mixlora_router_gradient,
             "router_scope": self.mixlora_router_scope,
             "decode_routing": self.mixlora_decode_routing,
+            "unknown_prompt": self.mixlora_unknown_prompt,
             "balance_loss_weight": self.mixlora_balance_loss_weight,
         }
         factors = self.mixlora_num_factors

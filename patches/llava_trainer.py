@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 from llava_mixlora.training.routing_callback import add_routing_callback
-from llava_mixlora.training.shared_statistics import share_statistics
 
 from .patch import COMPATIBILITY, METHOD, Patch
 
@@ -29,7 +28,6 @@ def _log_routing(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         add_routing_callback(self)
-        share_statistics(self)
 
     return __init__
 
@@ -95,7 +93,7 @@ PATCHES = (
     Patch(
         "llava.train.llava_trainer:LLaVATrainer.__init__",
         kind=METHOD,
-        why="a MixLoRA run logs how its routers use the factors, and counts that over all processes, through callbacks",
+        why="a MixLoRA run logs how its routers use the factors, counted over all processes, through a callback",
         replace=_log_routing,
     ),
     Patch(

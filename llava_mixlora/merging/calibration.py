@@ -23,7 +23,7 @@ from ..inference.samples import Batch, SampleSource, check_shows_images
 from ..inputs import read_conversations
 from ..method.layer import MixLoraLayer, Observer
 from ..method.model import ADAPTER, adapted_layers
-from ..method.routing_scope import IGNORE_INDEX
+from ..method.model_inputs import IGNORE_INDEX
 from ..method.static_core import (
     METHODS,
     InputMoments,

@@ -12,13 +12,18 @@ computes is either without a graph (reentrant) or keeps alive what checkpointing
 - gradients: each layer ties its term to its core, an identity whose backward pass gives the term its own gradient,
   d(what is minimised) / d(term). All of that but the scale is known in the forward pass; the scale is what arrives at
   `output.loss` in the backward pass, which always comes before any layer. It is noted there, so division by
-  accumulation steps, a loss scaler, or a factor of the user's own count for the term as they do for the loss.
+  accumulation steps, a loss scaler, or a factor of the user's own count for the term as they do for the loss. A
+  compiled graph returns its terms instead, and gets their gradients from the loss, as it does for anything else.
 
-Backpropagating something else than `output.loss` leaves the terms out, as it should.
+A trainer may compute the loss itself, from what the model returns. TRL's SFTTrainer does so from the log-probabilities
+of the answers' tokens: their gradient, the same for each, tells the scale of the loss. Otherwise, and where something
+else is backpropagated than `output.loss`, the terms are left out, which is told.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -56,9 +61,18 @@ class BalanceLoss:
 
         `note` tells a forward pass from a checkpoint's recomputation, whose term has been noted already.
         """
+        if torch.compiler.is_compiling():
+            # What a graph keeps for its backward pass is the compiler's choice, and nothing in it could be told a scale.
+            self.terms.append(term)
+            return core
         if note:
             self.terms.append(term.detach())
         return _Tie.apply(core, term, self)
+
+    def gradients(self, ctx: Any) -> list[Tensor | None]:
+        """Of the terms, the last inputs of the Function of `ctx`; None for what was tied instead."""
+        needs = ctx.needs_input_grad[-len(self.terms) :]
+        return [self.gradient.to(term.device, term.dtype) if need else None for term, need in zip(self.terms, needs)]
 
     def add_to(self, output: Any) -> Any:
         """The model's output with the mean of the noted terms in its loss.
@@ -66,6 +80,9 @@ class BalanceLoss:
         Raises:
             MixLoraError: the output holds no loss.
         """
+        if isinstance(getattr(output, "log_probs", None), Tensor):
+            output.log_probs = _Listen.apply(output.log_probs, output, self, *self.terms)
+            return output
         is_tuple = isinstance(output, tuple)
         loss = (output[0] if output else None) if is_tuple else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -73,7 +90,7 @@ class BalanceLoss:
                 "balance_loss_weight is added to the loss that the model returns, but this forward pass returned none; "
                 "pass labels, or set balance_loss_weight=0"
             )
-        loss = _Add.apply(loss, self)
+        loss = _Add.apply(loss, self, *self.terms)
         if is_tuple:
             return (loss, *output[1:])
         output.loss = loss
@@ -82,18 +99,50 @@ class BalanceLoss:
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, balance: BalanceLoss) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, balance: BalanceLoss, *terms: Tensor) -> Tensor:
         ctx.balance = balance
-        mean = torch.stack([term.to(loss.device) for term in balance.terms]).mean()
+        mean = torch.stack([term.to(loss.device) for term in terms]).mean()
         return loss + (mean if balance.share is None else mean * balance.share).to(loss.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         balance = ctx.balance
         balance.gradient = gradient.detach() / len(balance.terms)
         if balance.share is not None:
             balance.gradient = balance.gradient * balance.share
-        return gradient, None
+        return gradient, None, *balance.gradients(ctx)
+
+
+class _Listen(torch.autograd.Function):
+    """Learns the scale of a loss that a trainer of TRL sums up from `log_probs` [B, S - 1] of the answers' tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, output: Any, balance: BalanceLoss, *terms: Tensor) -> Tensor:
+        ctx.balance, ctx.counted = balance, output.label_mask
+        # What SFTTrainer asks for, and no trainer of preferences or rewards does.
+        ctx.is_sft = output.is_top1 is not None and getattr(output, "mean_logits", None) is None
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_tokens = gradient[ctx.counted]
+        alike = ctx.is_sft and torch.allclose(of_tokens, of_tokens[:1], rtol=1e-3, atol=0) and (of_tokens <= 0).all()
+        if not alike:
+            raise MixLoraError(
+                "balance_loss_weight cannot be added to a loss that the trainer computes itself, unless that is the "
+                "mean negative log-likelihood (TRL's SFTTrainer with loss_type='nll'); set balance_loss_weight=0"
+            )
+        ctx.balance.gradient = -of_tokens.sum() / len(ctx.balance.terms)
+        return gradient, None, None, *ctx.balance.gradients(ctx)
+
+
+@functools.cache
+def _tell_left_out() -> None:
+    warnings.warn(
+        "balance_loss_weight has no effect on a backward pass that does not begin at the loss which the model returns: "
+        "the trainer computes its own; set balance_loss_weight=0, or train on output.loss",
+        stacklevel=2,
+    )
 
 
 class _Tie(torch.autograd.Function):
@@ -105,4 +154,6 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         of_term = ctx.balance.gradient
+        if of_term is None:
+            _tell_left_out()
         return gradient, None if of_term is None else of_term.to(**ctx.term_kind), None

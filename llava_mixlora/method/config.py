@@ -17,6 +17,7 @@ ROUTER_GRADIENTS = ("straight_through", "none")
 ROUTER_SCOPES = ("prompt", "sequence")
 DECODE_ROUTINGS = ("prefill", "step")
 CFS_PRODUCTS = ("inner", "sums")
+UNKNOWN_PROMPTS = ("warn", "error")
 BIASES = ("none", "all", "mixlora_only")
 FORMAT_VERSION = 1
 """Raised when an adapter can no longer be read correctly by the versions of this package before it."""
@@ -55,8 +56,9 @@ class MixLoraConfig(PeftConfig):
     router_scope: Literal["prompt", "sequence"] = field(
         default="prompt",
         metadata={
-            "help": "Positions that the routers average. 'prompt': attended positions before the first supervised "
-            "label (without labels, every attended position). 'sequence': every attended position."
+            "help": "Positions that the routers average. 'prompt': attended positions before the supervised labels of "
+            "an answer, for each answer of a conversation (without labels, every attended position). 'sequence': every "
+            "attended position. Samples that are packed into one row are averaged apart."
         },
     )
     count_padding: bool = field(
@@ -67,6 +69,14 @@ class MixLoraConfig(PeftConfig):
         metadata={
             "help": "'prefill' routes on the prompt and keeps the routes for every generated token; 'step' routes "
             "each forward pass on its own input, as the authors' code does."
+        },
+    )
+    unknown_prompt: Literal["warn", "error"] = field(
+        default="warn",
+        metadata={
+            "help": "What a training step does with router_scope='prompt' whose labels show no prompt, so that routers "
+            "average what generation will not see: 'warn' says so once and averages every attended position; 'error' "
+            "stops."
         },
     )
     cfs_product: Literal["inner", "sums"] = field(
@@ -189,6 +199,7 @@ class MixLoraConfig(PeftConfig):
             "router_scope": ROUTER_SCOPES,
             "decode_routing": DECODE_ROUTINGS,
             "cfs_product": CFS_PRODUCTS,
+            "unknown_prompt": UNKNOWN_PROMPTS,
             "bias": BIASES,
         }
         for name, known in choices.items():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,26 @@ from .config import MixLoraConfig
 from .layer_merging import MergeableLayer
 from .layer_settings import LayerSettings
 from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
+from .offloading import bring_back
 from .registration import BaseTunerLayer
-from .routing_scope import RoutingScope, current_scope, is_recomputing
+from .routing_scope import RoutingScope, scope_of_layer
+from .segments import Segments
 from .training_statistics import Statistics
 
 Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None], None]
 """Sees a layer's forward pass: layer, adapter, x [B, S, d_in], z = x Aᵀ [B, S, E], cores [B, E, E], attended [B, S]."""
+
+
+class _Routed(NamedTuple):
+    """What an adapter does with x: x as instances [B, S, d_in] in the dtype that it computes in, and their cores.
+
+    `cores` [B, E, E], or [G, E, E] of the `segments` of the rows.
+    """
+
+    adapter: str
+    sequence: Tensor
+    cores: Tensor
+    segments: Segments | None
 
 
 class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
@@ -37,8 +52,9 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     what was seen in training: see [`moments`](MergeableLayer.moments). Every process sums its own, and
     `shared_statistics` those of all.
 
-    Inputs are [B, S, d_in]; further middle dimensions count as positions. An input [rows, d_in] is taken as rows
-    instances of one position each, and [d_in] as one instance.
+    Inputs are [B, S, d_in]; further middle dimensions count as positions. An input [rows, d_in] is all positions or all
+    instances of the forward pass that it belongs to; outside of any it is taken as rows instances of one position each,
+    and [d_in] as one instance.
 
     Raises:
         TypeError: the module to wrap does not tell its `in_features` and `out_features`.
@@ -72,8 +88,10 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.num_factors: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.last_routes: dict[str, Route] = {}
+        self.last_routes: dict[str, Route | None] = {}  # None, or compiled graphs would not outlast the first route
         self.observer: Observer | None = None
+        self.identity = uuid.uuid4().hex  # of its routes in a cache; copies share it, as they share the weights
+        self.is_expert = False  # whether it gets a mixture's choice of tokens
         self._unmerged_weight: list[nn.Parameter] = []
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
@@ -81,14 +99,17 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, settings)
 
-    def update_layer(self, adapter_name: str, config: MixLoraConfig, settings: LayerSettings) -> None:
-        """Add an adapter, or replace the one of this name."""
+    def update_layer(
+        self, adapter_name: str, config: MixLoraConfig, settings: LayerSettings, device: torch.device | None = None
+    ) -> None:
+        """Add an adapter, or replace the one of this name; on the device of the base layer, unless one is given."""
         E, d_in, d_out = settings.num_factors, self.in_features, self.out_features
         self.settings[adapter_name] = settings
         self.r[adapter_name], self.num_factors[adapter_name] = settings.r, E
         self.scaling[adapter_name] = settings.scaling
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.mixlora_dropout[adapter_name] = dropout
+        self.last_routes[adapter_name] = None
         self.mixlora_A[adapter_name] = _uniform(E, d_in)
         self.mixlora_B[adapter_name] = (
             nn.Parameter(torch.zeros(E, d_out)) if config.init_weights else _uniform(E, d_out)
@@ -104,7 +125,7 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         if not settings.straight_through:
             # No gradient ever reaches them: frozen, they neither decay nor stall distributed data parallelism.
             self.frozen_peft_weight_names[adapter_name] = ("mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name, device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
@@ -119,45 +140,62 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         disabled, merged = self.disable_adapters, self.merged
         if disabled and merged:
             self.unmerge()
-        if adapter_names is not None and not disabled:
-            self._check_adapter_names(x, adapter_names)
-        if disabled or merged:
+        if disabled:
             return self.base_layer(x, *args, **kwargs)
-        scope, factors_A = current_scope(), self.mixlora_A
+        scope, again = scope_of_layer()
+        if scope is not None:
+            scope = scope.sequence_of(x, self.identity)
+        if adapter_names is None and scope is not None:
+            adapter_names = scope.adapter_names
+        if adapter_names is not None:
+            self._check_adapter_names(x, adapter_names)
+        if merged:
+            return self.base_layer(x, *args, **kwargs)
         # Autograd runs what was called last first. Routing comes before the base layer, so that gradients of routers
         # and W_AB, which stay, are made when the large ones on the way to x are gone: it decides the peak of memory.
         active = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
-        routed = [
-            (adapter, factors_A[adapter], *self._routed(x, adapter, factors_A[adapter], adapter_names, scope))
-            for adapter in active
-            if adapter in factors_A
-        ]
+        factors_A = self.mixlora_A
+        routed = [self._routed(x, adapter, adapter_names, scope, again) for adapter in active if adapter in factors_A]
         result = self.base_layer(x, *args, **kwargs)
-        for adapter, A, sequence, cores in routed:
+        for adapter, sequence, cores, segments in routed:
             dropout = self.mixlora_dropout[adapter]
-            z = F.linear(sequence if isinstance(dropout, nn.Identity) else dropout(sequence), A)
-            update = update_of(z, self.mixlora_B[adapter], cores)
+            z = F.linear(sequence if isinstance(dropout, nn.Identity) else dropout(sequence), factors_A[adapter])
+            if segments is None:
+                update = update_of(z, self.mixlora_B[adapter], cores)
+            else:
+                update = torch.matmul(segments.apply(z, cores), self.mixlora_B[adapter])
             if update.dtype != result.dtype:
                 update = update.to(result.dtype)
             result = result + (update if update.ndim == result.ndim else update.view(result.shape))
             if self.training or self.observer is not None:
-                self._observe(sequence, z, cores, adapter, scope)
+                self._observe(sequence, z, cores, segments, adapter, scope, again)
         return result
 
-    def _observe(self, x: Tensor, z: Tensor, cores: Tensor, adapter: str, scope: RoutingScope | None) -> None:
+    def _observe(
+        self,
+        x: Tensor,
+        z: Tensor,
+        cores: Tensor,
+        segments: Segments | None,
+        adapter: str,
+        scope: RoutingScope | None,
+        again: bool,
+    ) -> None:
         """Note a training step's forward pass for the statistics, and show any forward pass to the observer."""
-        trains = self.training and scope is not None and scope.trains and not is_recomputing()
+        trains = self.training and scope is not None and scope.trains
         if not trains and self.observer is None:
             return
         attended = scope.attended if scope is not None and scope.covers(x) else None
         if self.training and not isinstance(self.mixlora_dropout[adapter], nn.Identity):
-            with torch.no_grad():
+            with torch.no_grad():  # by a checkpoint too, which may count on the same operations in the same order
                 z = F.linear(x, self.mixlora_A[adapter])
-        if trains:
+        if trains and not again:
             total = Statistics(self.mixlora_stats_usage[adapter], self.mixlora_stats_moments[adapter])
-            scope.statistics.note(total, z, cores, attended)
+            scope.statistics.note(total, z, cores, attended, segments)
         if self.observer is not None:
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                if segments is not None:
+                    x, z, attended = segments.split(x), segments.split(z), segments.attended(attended)
                 self.observer(self, adapter, x, z, cores, attended)
 
     def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
@@ -173,54 +211,93 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             )
 
     def _routed(
-        self, x: Tensor, adapter: str, A: Tensor, adapter_names: Sequence[str] | None, scope: RoutingScope | None
-    ) -> tuple[Tensor, Tensor]:
-        """x as instances [B, S, d_in] in the dtype that the adapter computes in, and their cores [B, E, E]."""
-        sequence = x
-        if x.dtype != A.dtype and not torch.is_autocast_enabled(x.device.type):
-            sequence = x.to(A.dtype)
+        self, x: Tensor, adapter: str, adapter_names: Sequence[str] | None, scope: RoutingScope | None, again: bool
+    ) -> _Routed:
+        if self.mixlora_A[adapter].is_meta:
+            bring_back(self)
+        sequence, dtype = x, self.mixlora_A[adapter].dtype
+        if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            sequence = x.to(dtype)
         if x.ndim != 3:
-            sequence = _as_instances(sequence)
-        cores = self._core(sequence, adapter, scope, x)
+            sequence = self._as_instances(sequence, scope)
+        cores, segments = self._core(sequence, adapter, scope, x, again)
         if adapter_names is not None:
             # All instances are routed, since what a scope knows and holds is per instance of the whole batch.
-            cores = cores * torch.tensor([name == adapter for name in adapter_names], device=x.device).view(-1, 1, 1)
-        return sequence, cores
+            named = torch.tensor([name == adapter for name in adapter_names], device=x.device)
+            cores = cores * (named if segments is None else named[segments.row]).view(-1, 1, 1)
+        return _Routed(adapter, sequence, cores, segments)
 
-    def _core(self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor) -> Tensor:
-        settings = self.settings[adapter]
+    def _as_instances(self, x: Tensor, scope: RoutingScope | None) -> Tensor:
+        """x of another number of dimensions as [B, S, d_in].
+
+        Raises:
+            MixLoraError: x [rows, d_in] within a model's forward pass, and to which instance a row belongs is unknown.
+        """
+        if x.ndim == 1:
+            return x.view(1, 1, -1)
+        if x.ndim > 3:
+            return x.flatten(1, -2)
+        if scope is None or scope.shape is None:
+            return x.unsqueeze(1)
+        B, S = scope.shape
+        if not self.is_expert:
+            if len(x) == B * S:
+                return x.view(B, S, -1)
+            if len(x) == B:
+                return x.unsqueeze(1)
+        raise MixLoraError(
+            f"an adapted layer ({self.in_features} to {self.out_features} features) gets {len(x)} rows in a forward "
+            f"pass of {B} x {S} positions: to which instance a row belongs, and so its route, is not known; leave such "
+            "layers (experts of a mixture, a tower that flattens its images) out with exclude_modules"
+        )
+
+    def _core(
+        self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, again: bool
+    ) -> tuple[Tensor, Segments | None]:
+        """The cores [B, E, E] of x [B, S, d_in], which was made from what the layer was `given`.
+
+        Where rows have several segments the cores are theirs, [G, E, E].
+        """
+        settings, key = self.settings[adapter], (self.identity, adapter)
+        segments = None
+        if scope is not None and scope.covers(x):
+            segments = scope.segments(settings.router_scope, settings.count_padding)
         holds = scope is not None and settings.decode_routing == "prefill" and scope.shares_instances(x)
-        if holds and (held := scope.held_core(self, adapter, x.shape[0])) is not None:
-            return held
+        if holds and (held := scope.held_core(key, len(x), segments)) is not None:
+            return held, segments if segments is not None and len(held) == len(segments) else None
+        if scope is not None and scope.trains and not again and settings.router_scope == "prompt":
+            scope.require_prompt(settings.unknown_prompt)
         with _full_precision(x):
-            route = self._route(x, adapter, scope, given)
+            route = self._route(x, adapter, scope, given, segments)
             self.last_routes[adapter] = route.detach()
             dtype = torch.promote_types(self.mixlora_A[adapter].dtype, x.dtype)
             result = core(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)
             if self.training and settings.balance_loss_weight != 0 and scope is not None and scope.trains:
-                result = self._balanced(result, route, adapter, scope)
+                result = self._balanced(result, route, adapter, scope, again)
         if holds:
-            scope.hold(self, adapter, result)
-        return result
+            scope.hold(key, result)
+        return result, segments
 
-    def _balanced(self, core: Tensor, route: Route, adapter: str, scope: RoutingScope) -> Tensor:
+    def _balanced(self, core: Tensor, route: Route, adapter: str, scope: RoutingScope, again: bool) -> Tensor:
         """Let the balance term join the loss through the core; returns the core, unchanged."""
         if len(core) == 0:
             return core
         pools = (route.score_A, route.index_A), (route.score_B, route.index_B)
         weight = self.settings[adapter].balance_loss_weight
         term = weight / len(pools) * sum(load_balance(score, index) for score, index in pools)
-        return scope.balance.tie(core, term, note=not is_recomputing())
+        return scope.balance.tie(core, term, note=not again)
 
-    def _route(self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor) -> Route:
-        """The route of x [B, S, d_in], which was made from what the layer was `given`."""
+    def _route(
+        self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, segments: Segments | None
+    ) -> Route:
         settings = self.settings[adapter]
         if settings.routing == "random":
+            instances = len(x) if segments is None else len(segments)
             if self.training:
-                return route_at_random(len(x), settings.num_factors, settings.r, x.device)
+                return route_at_random(instances, settings.num_factors, settings.r, x.device)
             fixed = torch.Generator().manual_seed(settings.seed)
             route = route_at_random(1, settings.num_factors, settings.r, x.device, fixed)
-            return Route(route.index_A.expand(len(x), -1), route.index_B.expand(len(x), -1), None, None)
+            return Route(route.index_A.expand(instances, -1), route.index_B.expand(instances, -1), None, None)
         factors_A = self.mixlora_A[adapter]
         if not settings.straight_through:
             x, factors_A = x.detach(), factors_A.detach()
@@ -272,9 +349,3 @@ def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """No autocast on the device of x; entering its context costs more than asking for it."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _as_instances(x: Tensor) -> Tensor:
-    if x.ndim == 1:
-        return x.view(1, 1, -1)
-    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)

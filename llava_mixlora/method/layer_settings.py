@@ -20,6 +20,7 @@ class LayerSettings:
     count_padding: bool
     decode_routing: str
     cfs_product: str
+    unknown_prompt: str
     balance_loss_weight: float
     seed: int  # of the fixed routes that routing="random" takes in evaluation
 
@@ -36,6 +37,7 @@ class LayerSettings:
             count_padding=config.count_padding,
             decode_routing=config.decode_routing,
             cfs_product=config.cfs_product,
+            unknown_prompt=config.unknown_prompt,
             balance_loss_weight=config.balance_loss_weight,
             seed=seed,
         )

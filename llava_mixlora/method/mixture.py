@@ -43,11 +43,14 @@ class Route(NamedTuple):
 def pooled_input(x: Tensor, weights: Tensor | None) -> Tensor:
     """h̄: the average of `x` [B, S, d_in] over positions, in float32 at least, [B, d_in].
 
-    `weights`: [B, S] non-negative rows that sum to one, or None for the plain mean.
+    `weights`: [B, S] non-negative rows that sum to one, or None for the plain mean; of several segments in a row
+    [B, T, S], for [B, T, d_in].
     """
     if weights is None:
         return x.mean(dim=1, dtype=at_least_float32(x.dtype))
     x = x.to(at_least_float32(x.dtype))
+    if weights.ndim == 3:
+        return torch.bmm(weights.to(x.dtype), x)
     return torch.bmm(weights.to(x.dtype).unsqueeze(1), x).squeeze(1)
 
 

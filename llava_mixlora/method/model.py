@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import warnings
 import zlib
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..errors import MixLoraError
 from . import routing_scope
@@ -19,7 +19,9 @@ from .config import MixLoraConfig
 from .layer import MixLoraLayer, MixLoraLinear
 from .layer_settings import LayerSettings
 from .mixture import Route
+from .offloading import bring_back, device_of_adapter
 from .registration import BaseTuner, BaseTunerLayer
+from .shared_sums import follow_loading, has_counted
 from .tensor_names import PEFT_PREFIX
 
 USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
@@ -50,10 +52,24 @@ class MixLoraModel(BaseTuner):
     def routes(self, adapter_name: str = "default") -> dict[str, Route]:
         """The route that each adapted layer took in its last forward pass, by layer name (see [`Route`])."""
         return {
-            name: module.last_routes[adapter_name]
+            name: route
             for name, module in self.model.named_modules()
-            if isinstance(module, MixLoraLayer) and adapter_name in module.last_routes
+            if isinstance(module, MixLoraLayer) and (route := module.last_routes.get(adapter_name)) is not None
         }
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel leaves to each process, under its names here, in a PeftModel and in the model.
+
+        It would overwrite what other processes have counted with what the first has, in each forward pass.
+        """
+        chosen = self.__dict__.get("_chosen_for_ddp", getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()))
+        names = [name for adapter in self.peft_config for name in _statistics(self.model, adapter)]
+        return [*chosen, *(prefix + name for prefix in (PEFT_PREFIX, "model.", "") for name in names)]
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Iterable[str]) -> None:
+        self.__dict__["_chosen_for_ddp"] = list(names)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -64,7 +80,13 @@ class MixLoraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT looks for the layers' tensors under the layers' names, wrappers included, and would save none of them.
+        wrapped = {_unwrapped(name): name for name, _ in model.named_modules()}
+        by_place = {key: key.rpartition(".") for key in state_dict}
+        named = {f"{wrapped.get(owner, owner)}{dot}{leaf}": state_dict[k] for k, (owner, dot, leaf) in by_place.items()}
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, named, unwanted_adapter_names)
+        selected = {_unwrapped(name): tensor for name, tensor in selected.items()}
+        _warn_of_counts_of_one_process(model, adapter_name)
         # LLaVA's train() hands in a state dict of parameters only; the statistics are buffers.
         return {**selected, **_statistics(model, adapter_name)}
 
@@ -76,11 +98,6 @@ class MixLoraModel(BaseTuner):
         # Adapters that were saved without statistics are complete; PEFT would warn of missing weights.
         complete = {**_statistics(model, adapter_name), **remapped}
         return {name: value.view(torch.int64) if MOMENTS in name else value for name, value in complete.items()}
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate`, as one generation: with `"prefill"` the prompt's routes hold throughout."""
-        with routing_scope.generation():
-            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -95,22 +112,9 @@ class MixLoraModel(BaseTuner):
             yield
             return
         self._check_adapter_names(adapter_names)
-        # Generation repeats every prompt for its beams or continuations before the first forward pass.
-        repeats = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
-        adapter_names = [name for name in adapter_names for _ in range(repeats)]
-        caller = threading.get_ident()
-
-        def name_adapters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            # Hooks belong to the model, which another thread may be using for other instances.
-            return args, {**kwargs, "adapter_names": adapter_names} if threading.get_ident() == caller else kwargs
-
-        wrappers = [m for m in self.modules() if isinstance(m, (MixLoraLayer, ModulesToSaveWrapper))]
-        hooks = [wrapper.register_forward_pre_hook(name_adapters, with_kwargs=True) for wrapper in wrappers]
-        try:
+        self._follow_adapter_names()
+        with routing_scope.named_adapters(self.model, adapter_names):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
         if self.training:
@@ -126,9 +130,18 @@ class MixLoraModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT puts new parameters in the place of half precision ones, and what was frozen would train.
         trains = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        for layer in self._layers():
+            bring_back(layer)  # PEFT has just sent them where the model's device map sends the base
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trains[name])
+        self._follow_adapter_names()  # PEFT has just wrapped the modules to save, and no other thread runs the model
+
+    def _follow_adapter_names(self) -> None:
+        """Let modules that are trained in full choose by the adapter names of the forward pass that they run in."""
+        for module in self.modules():
+            if isinstance(module, ModulesToSaveWrapper) and _name_adapters not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(_name_adapters, with_kwargs=True)
 
     def _post_injection_hook(self, model: nn.Module, config: MixLoraConfig, adapter_name: str) -> None:
         routing_scope.attach(model)
@@ -149,13 +162,19 @@ class MixLoraModel(BaseTuner):
             lora_alpha=config.alpha_of(current_key),
             seed=zlib.crc32(current_key.encode()),
         )
+        device = device_of_adapter(getattr(target, "base_layer", target), self.model)
         if isinstance(target, MixLoraLayer):
-            target.update_layer(adapter_name, config, settings)
+            target.update_layer(adapter_name, config, settings, device)
+            follow_loading(target, adapter_name)
             return
         layer = MixLoraLinear(target, adapter_name, config, settings)
+        layer.is_expert = ".experts." in current_key
+        self._replace_module(parent, target_name, layer, target)
+        if device is not None:  # PEFT has just sent the adapter after the weight, which is nowhere
+            layer.update_layer(adapter_name, config, settings, device)
+        follow_loading(layer, adapter_name)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the static updates of adapters (the active ones) to the base; `unmerge_adapter` takes them back.
@@ -176,6 +195,7 @@ class MixLoraModel(BaseTuner):
 
     def _check_static_updates(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
+            bring_back(layer)
             for adapter in layer.active_adapters if adapter_names is None else adapter_names:
                 if adapter in layer.mixlora_A:
                     layer.static_update(adapter)
@@ -207,6 +227,13 @@ def adapted_layers(model: nn.Module, adapter: str = ADAPTER) -> dict[str, MixLor
     }
 
 
+def _name_adapters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    scope = routing_scope.current_scope()
+    if scope is None or scope.adapter_names is None:
+        return None
+    return args, {**kwargs, "adapter_names": list(scope.adapter_names)}
+
+
 def _statistics(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """By name: the counts of choices, and the moments as the float64 numbers that their bits are."""
     statistics = {}
@@ -214,5 +241,21 @@ def _statistics(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
         if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_stats_usage:
             moments = module.mixlora_stats_moments[adapter_name].view(torch.float64)
             for kind, value in ((USAGE, module.mixlora_stats_usage[adapter_name]), (MOMENTS, moments)):
-                statistics[f"{name}.{kind}.{adapter_name}".lstrip(".")] = value
+                statistics[f"{_unwrapped(name)}.{kind}.{adapter_name}".lstrip(".")] = value
     return statistics
+
+
+def _unwrapped(name: str) -> str:
+    """A module's name in a state dict, which leaves out the wrappers of FSDP and of PyTorch's checkpointing."""
+    return name.replace("_fsdp_wrapped_module.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def _warn_of_counts_of_one_process(model: nn.Module, adapter_name: str) -> None:
+    processes = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if processes > 1 and has_counted(model, adapter_name):
+        warnings.warn(
+            f"adapter {adapter_name!r} is saved with the statistics of one of {processes} processes; before saving, "
+            "call llava_mixlora.share_statistics(model) in every process, or give a Trainer "
+            "callbacks=[llava_mixlora.RoutingCallback()]",
+            stacklevel=2,
+        )

@@ -29,7 +29,7 @@ else:
         f"peft {installed}: expected 0.21 or newer, or 0.13.2 beside transformers 4.37; run: pip install 'peft>=0.21.2'"
     )
 
-__all__ = ["KNOWS_NO_OTHER_TYPE", "MIXLORA", "BaseTuner", "BaseTunerLayer", "PeftConfig", "register"]
+__all__ = ["KNOWS_NO_OTHER_TYPE", "MIXLORA", "BaseTuner", "BaseTunerLayer", "PeftConfig", "register", "withdraw"]
 
 
 def _extended_peft_type() -> PeftType:
@@ -44,16 +44,29 @@ MIXLORA: PeftType = _extended_peft_type()
 
 
 def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
-    """Enter the method into PEFT's tables (`peft.utils.register_peft_method`); does nothing the second time.
+    """Enter the method into PEFT's tables (`peft.utils.register_peft_method`), all of them or, where one fails, none.
 
-    PEFT 0.13 then still saves and loads none but the types that it knows: see `patches.peft_save_and_load`.
+    Does nothing the second time. PEFT 0.13 then still saves and loads none but the types that it knows: see
+    `patches.peft_save_and_load`.
     """
     if MIXLORA in PEFT_TYPE_TO_TUNER_MAPPING:
         return
-    if installed >= Version("0.21"):
-        from peft.utils import register_peft_method
+    try:
+        if installed >= Version("0.21"):
+            from peft.utils import register_peft_method
 
-        register_peft_method(name="mixlora", config_cls=config_cls, model_cls=model_cls)
-        return
-    peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MIXLORA] = config_cls
-    PEFT_TYPE_TO_TUNER_MAPPING[MIXLORA] = peft.peft_model.PEFT_TYPE_TO_MODEL_MAPPING[MIXLORA] = model_cls
+            register_peft_method(name="mixlora", config_cls=config_cls, model_cls=model_cls)
+        else:
+            peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MIXLORA] = config_cls
+            PEFT_TYPE_TO_TUNER_MAPPING[MIXLORA] = peft.peft_model.PEFT_TYPE_TO_MODEL_MAPPING[MIXLORA] = model_cls
+    except Exception:
+        withdraw()
+        raise
+
+
+def withdraw() -> None:
+    """Take the method out of PEFT's tables, so that no model is made whose adapter could not be saved."""
+    for module in (peft.mapping, peft.peft_model):
+        for name, table in vars(module).items():
+            if name.startswith("PEFT_TYPE_TO_") and isinstance(table, dict):
+                table.pop(MIXLORA, None)

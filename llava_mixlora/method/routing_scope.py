@@ -3,39 +3,51 @@
 An adapted layer sees only its own input x [B, S, d]. Which of the S positions are padding, prompt or answer is known
 where the model is called, so that knowledge travels beside x as the thread's current [`RoutingScope`]:
 
-- a forward pre-hook on the adapted model opens the scope from `attention_mask` and `labels`, a post-hook closes it;
+- a forward pre-hook on the adapted model opens the scope from its inputs, a post-hook closes it;
+- the transformers models inside of it have such hooks too, for they may be called by themselves, as a decoder is by
+  what computes its own head, or see a sequence of their own, as the two halves of an encoder-decoder do;
 - code that changes the sequence on the way in (LLaVA puts image features into it) calls [`refine`];
-- gradient checkpointing runs layers again during backward, possibly in another thread and after other forwards:
-  [`follow_checkpoints`] makes it run them under the scope of the forward that they belong to, known as a recomputation.
+- whoever knows better what is prompt says so with [`known_prompt`];
+- layers that gradient checkpointing runs again in a backward pass find the scope through the autograd graph
+  (`recomputation`);
+- the model's `generate` is one [`generation`], whose routes are those of the prompt that it was given.
 
 Scopes live in a `threading.local` (a `ContextVar` would break the graph of `torch.compile`), so threads that use one
-model at the same time do not see each other's.
+model at the same time do not see each other's. Hooks stay outside of compiled graphs, which would lose what they write.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
-from transformers import Cache
+from transformers import PreTrainedModel
 
 from ..errors import MixLoraError
 from .balance_loss import BalanceLoss
+from .held_routes import HeldRoutes, bind, routes_of
 from .mixture import pooled_input
+from .model_inputs import IGNORE_INDEX, attended_positions, cached_positions, sample_starts
+from .recomputation import NO_BACKWARD, Announcements, next_node, running_backward, saving_hooks
+from .segments import Segments, conversation_turns, routed_positions
 from .training_statistics import TrainingStatistics
 
-IGNORE_INDEX = -100
-"""Label of an unsupervised position (`llava.constants.IGNORE_INDEX`, and PyTorch's cross entropy)."""
+SHORTEST_PROMPT = 2
+"""Positions. Labels that leave one position unsupervised mask what starts a sequence, not a prompt."""
 
-HeldCores = dict[tuple[nn.Module, str], Tensor]
-"""Cores [B, E, E] that a generation keeps, by layer and adapter name."""
+HOW_TO_TELL = (
+    "mask the prompt in the labels with -100 (TRL: prompt-completion data, completion_only_loss or "
+    "assistant_only_loss; without label smoothing or a loss function of your own, which take the labels away), or say "
+    "what is prompt with llava_mixlora.known_prompt"
+)
 
 
 class RoutingScope:
@@ -44,8 +56,8 @@ class RoutingScope:
     Args:
         shape: (B, S) of the sequence, or None when the model's input is not a sequence.
         attended: bool [B, S], False at padding; None when every position is attended.
-        prompt: bool [B, S], True before the first supervised label; None when there are no labels.
-        held: cores that earlier forward passes of the same generation computed; they are used again.
+        prompt: bool [B, S], the positions that routers with `router_scope="prompt"` average; None when unknown.
+        held: what earlier forward passes of the same generation computed; it is used again.
     """
 
     def __init__(
@@ -53,98 +65,336 @@ class RoutingScope:
         shape: tuple[int, int] | None = None,
         attended: Tensor | None = None,
         prompt: Tensor | None = None,
-        held: HeldCores | None = None,
+        held: HeldRoutes | None = None,
     ) -> None:
         # Apart from `computed`, so that a checkpoint that runs the forward again computes what the forward computed.
-        self.held: HeldCores = {} if held is None else held
-        self.computed: HeldCores = {}
+        self.held = HeldRoutes() if held is None else held
+        self.computed: dict[tuple[str, str], Tensor] = {}
+        self.goes_on = False  # whether it continues a cache
         self.trains = False  # whether the forward pass is a step of training, to be counted and balanced
         self.balance = BalanceLoss()
         self.statistics = TrainingStatistics()
-        self.model: nn.Module | None = None
+        self.adapter_names: Sequence[str] | None = None  # one for each instance
+        self.model: nn.Module | None = None  # whose hook opened it
+        self.root: nn.Module | None = None  # the adapted model
+        self.labels: Any = None  # of an encoder-decoder, for its decoder
+        self.role: str | None = None  # "encoder" or "decoder" in a model of both
+        self.memory: tuple[Tensor, RoutingScope] | None = None  # what an encoder made for this decoder
+        self._of_memory: set[str] = set()  # layers that see it
+        self.begins: Tensor | None = None  # token ids that a generation without a cache begins with
         self.outer: RoutingScope | None = None
-        self.set_positions(shape, attended, prompt)
+        self.whole: RoutingScope = self  # that this is a part of
+        self.backward = NO_BACKWARD  # the backward pass within which it was opened
+        self.first_node = 0  # the number of the first autograd node that its forward pass can make
+        self.set_positions(shape, attended, prompt=prompt)
 
-    def set_positions(self, shape: tuple[int, int] | None, attended: Tensor | None, prompt: Tensor | None) -> None:
-        """Replace what the scope knows of the sequence; the arguments are those of the class."""
-        self.shape, self.attended, self.prompt = shape, attended, prompt
-        self._weights: dict[tuple[str, bool], Tensor | None] = {}
+    def set_positions(
+        self,
+        shape: tuple[int, int] | None,
+        attended: Tensor | None,
+        answered: Tensor | None = None,
+        starts: Tensor | None = None,
+        prompt: Tensor | None = None,
+        given: int | None = None,
+        rest_is_asked: bool = False,
+    ) -> None:
+        """Replace what the scope knows of the sequence.
+
+        `answered`: bool [B, S], True where the model answers; `starts`: bool [B, S], True where a packed sample begins
+        behind another; `given`: how many positions the caller of a generation gave, drafts follow; `rest_is_asked` as
+        in [`conversation_turns`]. The others are those of the class.
+        """
+        self.shape, self.attended = shape, attended
+        self.answered, self.starts, self.prompt, self.given = answered, starts, prompt, given
+        self.rest_is_asked = rest_is_asked
+        self.unknown_prompt: str | None = None  # why what is averaged is no prompt
+        self._divided: dict[tuple[str, bool], tuple[Segments | None, Tensor | None]] = {}
         self._last_pooled: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
+
+    def sequence_of(self, x: Tensor, layer: str) -> RoutingScope:
+        """The scope of what a layer is given: this one or, in attention to an encoder's states, theirs."""
+        if self.memory is None:
+            return self
+        states, scope = self.memory
+        if x is states or (scope.covers(x) and not self.covers(x)):
+            self._of_memory.add(layer)  # a checkpoint may run the layer again on a copy of them
+        return scope if layer in self._of_memory else self
 
     def covers(self, x: Tensor) -> bool:
         """Whether x [B, S, d] is this scope's sequence (and not, say, the patches inside a vision tower)."""
-        return self.shape is not None and x.ndim == 3 and x.shape[:2] == self.shape
+        if self.shape is None or x.ndim != 3:
+            return False
+        B, S = self.shape
+        return x.shape[0] == B and x.shape[1] == S  # each alone, or a compiled graph would hold for one S only
 
     def shares_instances(self, x: Tensor) -> bool:
         """Whether x [B, S', d] holds this scope's instances: all their positions or, in a model's head, the last."""
         return self.shape is not None and x.ndim == 3 and len(x) == self.shape[0]
 
     def weights(self, router_scope: str, count_padding: bool) -> Tensor | None:
-        """Rows [B, S] in float32 that sum to one over the routed positions; None where all positions count alike."""
-        key = (router_scope, count_padding)
-        if key not in self._weights:
-            positions = None if count_padding else self.attended
-            if router_scope == "prompt" and self.prompt is not None:
-                positions = self.prompt if positions is None else positions & self.prompt
-            self._weights[key] = None if positions is None else self._normalised(positions)
-        return self._weights[key]
+        """Rows in float32 that sum to one over the routed positions, [B, S], or [B, T, S] for T segments in a row;
+
+        None where all positions count alike.
+        """
+        return self._division(router_scope, count_padding)[1]
+
+    def segments(self, router_scope: str, count_padding: bool) -> Segments | None:
+        """What of the sequence has a route of its own; None where every row has one route."""
+        return self._division(router_scope, count_padding)[0]
+
+    def settle(self) -> None:
+        """Work out what needs values of tensors, before the layers that ask for it."""
+        if self.shape is not None and (self.answered is not None or self.starts is not None):
+            self._division("prompt", False)
 
     def pooled(self, x: Tensor, router_scope: str, count_padding: bool, given: Tensor) -> Tensor:
-        """h̄ of x [B, S, d_in], [B, d_in], by [`mixture.pooled_input`], over the routed positions where x has them.
+        """h̄ of x [B, S, d_in] over the routed positions where x has them, by [`mixture.pooled_input`].
 
-        Layers that are `given` the same tensor in a row (q, k and v; gate and up) share one average of it.
+        [B, d_in], or [G, d_in] of the G [`segments`]. Layers that are `given` the same tensor in a row (q, k and v;
+        gate and up) share one average of it.
         """
-        weights = self.weights(router_scope, count_padding) if self.covers(x) else None
+        segments, weights = self._division(router_scope, count_padding) if self.covers(x) else (None, None)
         # A compiler finds by itself what is computed twice, and a tensor of inference mode does not count its changes.
-        if torch.compiler.is_compiling() or given.is_inference():
-            return pooled_input(x, weights)
-        key = (router_scope, count_padding, x.dtype, x.requires_grad, torch.is_grad_enabled(), given._version)
-        if self._last_pooled is not None:
-            of, last_key, pooled = self._last_pooled
-            if of() is given and last_key == key:
-                return pooled
+        shares = not (torch.compiler.is_compiling() or given.is_inference())
+        if shares:
+            # Within one checkpoint too, which must compute in the backward pass what it has computed before.
+            kind = x.dtype, x.requires_grad, torch.is_grad_enabled(), saving_hooks()
+            key = (router_scope, count_padding, given._version, *kind)
+            if self._last_pooled is not None:
+                of, last_key, pooled = self._last_pooled
+                if of() is given and last_key == key:
+                    return pooled
         pooled = pooled_input(x, weights)
-        self._last_pooled = weakref.ref(given), key, pooled
+        if segments is not None:
+            pooled = segments.of_rows(pooled)
+        if shares:
+            self._last_pooled = weakref.ref(given), key, pooled
         return pooled
 
+    def _division(self, router_scope: str, count_padding: bool) -> tuple[Segments | None, Tensor | None]:
+        key = router_scope, count_padding
+        if key not in self._divided:
+            self._divided[key] = self._divide(router_scope == "prompt", count_padding)
+        return self._divided[key]
+
+    def _divide(self, prompt_only: bool, count_padding: bool) -> tuple[Segments | None, Tensor | None]:
+        """The segments, and the weights of [`weights`]."""
+        attended = None if count_padding else self.attended
+        if self.given is not None and self.given < self.shape[1]:
+            places = torch.arange(self.shape[1], device=self._device()).expand(self.shape)
+            attended = places < self.given if attended is None else attended & (places < self.given)
+        prompt = self.prompt if prompt_only else None
+        answered = self._answers() if prompt_only and prompt is None else None
+        if prompt_only and prompt is None and answered is None and self.trains and self.role != "encoder":
+            self.unknown_prompt = "the labels were not passed along, or are not those of the sequence"
+        index = self._index(answered)
+        if index is not None:
+            return self._divide_rows(index, attended, answered, prompt)
+        if answered is not None:
+            prompt = answered.cumsum(dim=1) == 0
+            self._check_prompt(prompt if self.attended is None else prompt & self.attended, answered)
+            usable = self._usable(prompt if attended is None else prompt & attended)
+            prompt = prompt | ~usable
+        positions = attended if prompt is None else prompt if attended is None else attended & prompt
+        return None, None if positions is None else self._normalised(positions)
+
+    def _divide_rows(
+        self, index: Tensor, attended: Tensor | None, answered: Tensor | None, prompt: Tensor | None
+    ) -> tuple[Segments, Tensor]:
+        everywhere = torch.ones_like(index, dtype=torch.bool)
+        counted = everywhere if attended is None else attended
+        samples = torch.zeros_like(index) if self.starts is None else self.starts.long().cumsum(dim=1)
+        of_sample = routed_positions(index, None, counted, samples)
+        routed = routed_positions(index, answered, counted, samples)
+        if prompt is not None:
+            routed = routed & prompt.unsqueeze(1)
+        if answered is not None:
+            answers = answered.new_zeros(routed.shape[:2], dtype=torch.long).scatter_add(1, index, answered.long())
+            self._check_prompt(routed, answers)
+            routed = torch.where(self._usable(routed), routed, of_sample)
+        # A segment without any routed position falls back to its sample, and one of nothing but padding to its row.
+        routed = torch.where(routed.any(dim=-1, keepdim=True), routed, of_sample)
+        routed = routed | ~routed.any(dim=-1, keepdim=True)
+        return Segments(index), routed / routed.sum(dim=-1, keepdim=True, dtype=torch.float32)
+
+    def _index(self, answered: Tensor | None) -> Tensor | None:
+        """The segment of every position, int64 [B, S]; None where each row is one."""
+        if self.starts is None and answered is None:
+            return None
+        if answered is None:
+            return self.starts.long().cumsum(dim=1)
+        attended = torch.ones_like(answered) if self.attended is None else self.attended
+        if self.starts is None and not (answered[:, :-1] & ~answered[:, 1:] & attended[:, 1:]).any():
+            return None
+        starts = torch.zeros_like(answered) if self.starts is None else self.starts
+        index = conversation_turns(answered, attended, starts.long().cumsum(dim=1), self.rest_is_asked)
+        return index if self.starts is not None or index.any() else None
+
+    def _answers(self) -> Tensor | None:
+        """`answered` without what starts a sample: nothing predicts it, so its label says nothing."""
+        if self.answered is None or self.role == "decoder":
+            return self.answered
+        attended = torch.ones_like(self.answered) if self.attended is None else self.attended
+        first = attended & (attended.cumsum(dim=1) == 1)
+        return self.answered & attended & ~(first if self.starts is None else first | self.starts)
+
+    def _usable(self, routed: Tensor) -> Tensor:
+        shortest = 1 if self.role == "decoder" else SHORTEST_PROMPT  # no more is given of what a decoder goes on with
+        return routed.sum(dim=-1, keepdim=True) >= shortest
+
+    def _check_prompt(self, routed: Tensor, answers: Tensor) -> None:
+        """Note where answers follow no prompt. `answers` [B, S] or [B, T] tells what has any."""
+        if not self.trains:
+            return
+        has_answer = answers.bool() if routed.ndim == 3 else answers.any(dim=1)
+        without = has_answer & ~self._usable(routed).squeeze(-1)
+        lacking, of = torch.stack([without.sum(), has_answer.sum()]).tolist()
+        if lacking:
+            self.unknown_prompt = f"{lacking} of {of} answers in the labels have no prompt before them"
+
+    def _device(self) -> torch.device | None:
+        return None if self.attended is None else self.attended.device
+
     def _normalised(self, positions: Tensor) -> Tensor:
-        # An instance without any routed position (its very first token is supervised) falls back to what is attended,
-        # and a row of nothing but padding to the whole row, rather than to a mean of nothing.
+        # An instance without any routed position falls back to what is attended, and a row of nothing but padding to
+        # the whole row, rather than to a mean of nothing.
         if self.attended is not None:
             positions = torch.where(positions.any(dim=1, keepdim=True), positions, self.attended)
         positions = positions | ~positions.any(dim=1, keepdim=True)
         return positions / positions.sum(dim=1, keepdim=True, dtype=torch.float32)
 
-    def held_core(self, layer: nn.Module, adapter: str, instances: int) -> Tensor | None:
+    def require_prompt(self, otherwise: str) -> None:
+        """Tell that a training step knows no prompt: `otherwise` "error" raises, "warn" warns once for each model.
+
+        Raises:
+            MixLoraError: `otherwise` is "error".
+        """
+        if self.unknown_prompt is not None:
+            _tell_of_unknown_prompt(self.root, self.unknown_prompt, otherwise)
+
+    def held_core(self, key: tuple[str, str], instances: int, segments: Segments | None) -> Tensor | None:
         """The core kept for a layer, [instances, E, E], or None in the first forward of a generation.
 
         Raises:
-            ValueError: the generation was begun with another number of instances.
+            MixLoraError: the generation was begun with another number of instances, or its cache was filled without
+                this layer's adapter.
         """
-        core = self.held.get((layer, adapter))
-        if core is None or len(core) == instances:
-            return core
-        if instances % len(core) == 0:  # the cache was repeated to draw several continuations of each prompt
-            return core.repeat_interleave(instances // len(core), dim=0)
-        raise MixLoraError(
-            f"a generation that was begun with {len(core)} instances goes on with {instances}: its routes are held "
-            "per instance; keep the batch as it is, or use decode_routing='step'"
+        core = self.held.core(key, instances, None if segments is None else len(segments))
+        if core is None and self.goes_on:
+            raise MixLoraError(
+                f"a cache that was filled without adapter {key[1]!r} goes on with it, so nothing tells the routes of "
+                "its prompt: run the whole prompt under this adapter, or use decode_routing='step'"
+            )
+        return core
+
+    def hold(self, key: tuple[str, str], core: Tensor) -> None:
+        """Keep a core for the rest of the generation."""
+        self.computed[key] = core.detach()
+
+    def routes(self) -> HeldRoutes:
+        """What was held before this forward pass and what it has computed."""
+        segments = next((each for each, _ in self._divided.values() if each is not None), None)
+        return self.held.joined(self.computed, None if segments is None else segments.last)
+
+    def part(self) -> RoutingScope:
+        """A scope of the same forward pass for a model inside of this one's, with a sequence of its own."""
+        part = RoutingScope(held=self.held)
+        for name in ("computed", "goes_on", "trains", "balance", "statistics", "adapter_names", "root", "backward"):
+            setattr(part, name, getattr(self, name))
+        part.outer, part.whole = self, self.whole
+        return part
+
+
+class _KnownPrompt:
+    """What a caller said of the sequence: masks bool [B, L], each may be None."""
+
+    def __init__(self, prompt: Any, answers: Any) -> None:
+        self.prompt, self.answers = _as_mask("prompt", prompt), _as_mask("answers", answers)
+        if self.prompt is None and self.answers is None:
+            raise MixLoraError("known_prompt() was told nothing: pass prompt=, answers= or both, bool [B, S]")
+        if self.prompt is not None and not self.prompt.any(dim=1).all():
+            row = int((~self.prompt.any(dim=1)).nonzero()[0])
+            raise MixLoraError(f"prompt: row {row} has no position that is True; routers average at least one")
+        if self.prompt is not None and self.answers is not None:
+            if self.prompt.shape != self.answers.shape:
+                raise MixLoraError(
+                    f"prompt of shape {tuple(self.prompt.shape)} and answers of shape {tuple(self.answers.shape)}: "
+                    "expected the same"
+                )
+            if (self.prompt & self.answers).any():
+                place = tuple((self.prompt & self.answers).nonzero()[0].tolist())
+                raise MixLoraError(f"prompt and answers are both True at {place}: a position is one of them")
+
+    def fitted(self, shape: tuple[int, int], begin: int, generates: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The masks as [B, S] of a forward pass whose first position is `begin`."""
+        return tuple(
+            None if mask is None else self._fit(name, mask, shape, begin, generates)
+            for name, mask in (("prompt", self.prompt), ("answers", self.answers))
         )
 
-    def hold(self, layer: nn.Module, adapter: str, core: Tensor) -> None:
-        """Keep a core for the rest of the generation."""
-        self.computed[layer, adapter] = core.detach()
+    def _fit(self, name: str, mask: Tensor, shape: tuple[int, int], begin: int, generates: bool) -> Tensor:
+        (B, S), (rows, length) = shape, mask.shape
+        fits = begin + S == length or (generates and begin + S > length)
+        if not fits or B % rows or (rows != B and not generates):
+            raise MixLoraError(
+                f"known_prompt: {name} of shape {tuple(mask.shape)} for a sequence of {B} x {begin + S} positions: "
+                "expected one value for each position"
+            )
+        mask = nn.functional.pad(mask, (0, begin + S - length))[:, begin:]
+        return mask.repeat_interleave(B // rows, dim=0)  # generate() repeats each prompt for its beams
+
+
+def _as_mask(name: str, mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask)
+    holds_others = mask.dtype != torch.bool and bool(((mask != 0) & (mask != 1)).any())
+    if mask.ndim != 2 or holds_others:
+        raise MixLoraError(
+            f"{name} of shape {tuple(mask.shape)} and type {mask.dtype}: expected a mask [B, S] of True and False"
+        )
+    return mask.bool()
+
+
+class _Generation:
+    """One call of `generate`."""
+
+    def __init__(self, prompt_length: int | None = None) -> None:
+        self.prompt_length = prompt_length  # tokens that the caller gave; None where they are not counted in tokens
+        self.routes = HeldRoutes()
+        self.cache: Any = None  # what its first forward pass filled
+        self.begun: list[tuple[Tensor, HeldRoutes]] = []  # forward passes without a cache: token ids, and routes
+        self.known: _KnownPrompt | None = None  # of the sequence that the prompt became on its way into the model
+
+    def begun_with(self, ids: Any) -> HeldRoutes:
+        """The routes of a forward pass of token ids [B, S] without a cache: those of an earlier one that they continue.
+
+        Guidance has others beside the generation's, of a negative prompt.
+        """
+        if not isinstance(ids, Tensor) or not self.begun:
+            return self.routes
+        return next((routes for prompt, routes in self.begun if _continues(ids, prompt)), HeldRoutes())
+
+
+def _continues(ids: Tensor, prompt: Tensor) -> bool:
+    if ids.shape[1] < prompt.shape[1] or len(ids) % len(prompt):
+        return False
+    return torch.equal(ids[:, : prompt.shape[1]], prompt.repeat_interleave(len(ids) // len(prompt), dim=0))
 
 
 class _ThreadState(threading.local):
     scope: RoutingScope | None = None  # of the innermost forward pass that is running
-    held: HeldCores | None = None  # of the innermost generation that is running
-    recomputing = False  # whether a checkpoint runs a part of a forward pass again
+    generation: _Generation | None = None  # the innermost that is running
+    known: _KnownPrompt | None = None
+    named: tuple[nn.Module, Sequence[str]] | None = None  # a model, and the adapters that its instances are for
 
 
 _state = _ThreadState()
-_held_by_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""HeldCores by [`_identity`] of the cache."""
+_announcements: Announcements[RoutingScope] = Announcements()
+_parts: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+"""The [`_models_inside`] of adapted models."""
+_told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models of whose unknown prompts was warned."""
 
 
 def current_scope() -> RoutingScope | None:
@@ -152,129 +402,380 @@ def current_scope() -> RoutingScope | None:
     return _state.scope
 
 
-def is_recomputing() -> bool:
-    """Whether this thread is in a checkpoint that runs a part of a forward pass for the second time."""
-    return _state.recomputing
+def scope_of_layer() -> tuple[RoutingScope | None, bool]:
+    """The scope of the forward pass that a layer runs in, and whether a checkpoint runs it for the second time.
+
+    Raises:
+        MixLoraError: it runs within a backward pass, and nothing tells of which forward pass.
+    """
+    scope = _state.scope
+    if torch.compiler.is_compiling():
+        return scope, False
+    task = running_backward()
+    if task == NO_BACKWARD or (scope is not None and scope.backward == task):
+        return scope, False
+    scope = _announcements.announced()
+    if scope is None:
+        raise MixLoraError(
+            "a checkpoint runs this layer again in a backward pass that did not begin at the model's output, so which "
+            "positions its routers average is not known: start the backward pass from what the model returns (its "
+            "loss, logits or hidden states), or do without gradient checkpointing here"
+        )
+    return scope, True
 
 
 @contextmanager
-def use_scope(scope: RoutingScope | None, recomputing: bool = False) -> Iterator[None]:
-    """Run the body as part of the forward pass that `scope` belongs to; `recomputing` when it has run before."""
-    outer = _state.scope, _state.recomputing
-    _state.scope, _state.recomputing = scope, recomputing
+def use_scope(scope: RoutingScope | None) -> Iterator[None]:
+    """Run the body as part of the forward pass that `scope` belongs to."""
+    outer, _state.scope = _state.scope, scope
     try:
         yield
     finally:
-        _state.scope, _state.recomputing = outer
+        _state.scope = outer
 
 
 @contextmanager
-def generation() -> Iterator[None]:
-    """Run the body as one generation: routes that its first forward computes hold for all its forwards."""
-    outer, _state.held = _state.held, {}
+def generation(prompt_length: int | None = None) -> Iterator[None]:
+    """Run the body as one generation: routes that its first forward computes hold for all its forwards.
+
+    `prompt_length`: how many tokens were given; what a first forward pass has beyond them was drafted.
+    """
+    outer, _state.generation = _state.generation, _Generation(prompt_length)
     try:
         yield
     finally:
-        _state.held = outer
+        _state.generation = outer
+
+
+@contextmanager
+def known_prompt(prompt: Any = None, answers: Any = None) -> Iterator[None]:
+    """Say which positions are prompt in the forward passes, or the generation, of the body.
+
+    Args:
+        prompt: bool [B, S], exactly the positions that routers with `router_scope="prompt"` average in their row (or,
+            of packed samples, in their sample); padding among them is left out.
+        answers: bool [B, S], True where the model has answered or shall answer, as `labels != -100` tells it. With
+            several answers in a row each is routed by all that precedes it, as in training: of a prompt that holds a
+            conversation, mark the answers in it (`apply_chat_template(..., return_assistant_tokens_mask=True)`).
+
+    S is the length of what the model is given, before a LLaVA puts image features into it. It takes precedence over
+    `labels`. Other threads do not see it.
+
+    Raises:
+        MixLoraError: a mask is no mask, has a row without any prompt, contradicts the other, or does not fit the
+            sequence of a forward pass.
+    """
+    outer, _state.known = _state.known, _KnownPrompt(prompt, answers)
+    try:
+        yield
+    finally:
+        _state.known = outer
+
+
+def known_answers() -> Tensor | None:
+    """What [`known_prompt`] was told as answers, or all that it was not told to be prompt, bool [B, L]; None outside.
+
+    Who changes the sequence hands this to [`refine`], as `labels` that are -100 where it is False.
+    """
+    known = _state.known
+    if known is None:
+        return None
+    return known.answers if known.answers is not None else ~known.prompt
 
 
 def refine(attention_mask: Tensor | None, labels: Tensor | None, embeddings: Tensor) -> None:
-    """Tell the running forward pass what its sequence has become: `embeddings` [B, S, d] with its mask and labels."""
-    if (scope := _state.scope) is not None:
-        scope.set_positions(*_positions(embeddings.shape[:2], attention_mask, labels))
+    """Tell the running forward pass what its sequence has become: `embeddings` [B, S, d] with its mask and labels.
+
+    While the caller knows the prompt (see [`known_answers`]), `labels` are those answers in the new sequence.
+    """
+    scope, running, known = _state.scope, _state.generation, _state.known
+    answered = labels != IGNORE_INDEX if isinstance(labels, Tensor) else None
+    prompt = None
+    if known is not None and known.prompt is not None and answered is not None:
+        prompt, answered = ~answered, None
+    if scope is not None:
+        shape = tuple(embeddings.shape[:2])
+        attended = attended_positions(attention_mask, shape)
+        scope.set_positions(shape, attended, answered, prompt=prompt, rest_is_asked=known is not None)
+    elif running is not None:
+        running.prompt_length = embeddings.shape[1]
+        running.known = None if known is None else _KnownPrompt(prompt, answered)
+
+
+@contextmanager
+def named_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Run the body, forward passes of an adapted model or its generation, with one adapter for each instance."""
+    outer, _state.named = _state.named, (model, list(names))
+    try:
+        yield
+    finally:
+        _state.named = outer
 
 
 def attach(model: nn.Module) -> None:
-    """Open a scope around every forward pass of `model`; does nothing the second time."""
+    """Open a scope around every forward pass of `model`, and make its `generate` one generation.
+
+    The second time, it only looks for further models inside of `model` that have adapted layers.
+    """
     if not is_attached(model):
         model.register_forward_pre_hook(_open_scope, with_kwargs=True)
         model.register_forward_hook(_close_scope, with_kwargs=True, always_call=True)
+        if callable(getattr(model, "generate", None)):
+            model.generate = _OneGeneration(model)
+    _parts.pop(model, None)
+    for module in _parts_of(model):
+        if not is_attached(module):
+            module.register_forward_pre_hook(_enter_part, with_kwargs=True)
+            module.register_forward_hook(_leave_part, with_kwargs=True, always_call=True)
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Whether [`attach`] was called on `model`."""
-    return _open_scope in model._forward_pre_hooks.values()
+    """Whether [`attach`] was called on `model`, or on one that it is a part of."""
+    return any(hook in (_open_scope, _enter_part) for hook in model._forward_pre_hooks.values())
 
 
 def detach(model: nn.Module) -> None:
-    """Undo [`attach`] and [`follow_checkpoints`]."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _open_scope]:
-        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
-    for key in [key for key, hook in model._forward_hooks.items() if hook is _close_scope]:
-        del model._forward_hooks[key], model._forward_hooks_with_kwargs[key], model._forward_hooks_always_called[key]
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(checkpoint, ScopedCheckpoint):
-            module._gradient_checkpointing_func = checkpoint.checkpoint
+    """Undo [`attach`]."""
+    for module in (model, *_models_inside(model)):
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook in (_open_scope, _enter_part)]:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        for key in [key for key, hook in module._forward_hooks.items() if hook in (_close_scope, _leave_part)]:
+            del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]
+            del module._forward_hooks_always_called[key]
+    generate = model.__dict__.get("generate")
+    if isinstance(generate, _OneGeneration):
+        del model.generate
+        if generate.of_instance is not None:
+            model.generate = generate.of_instance
 
 
-def follow_checkpoints(model: nn.Module) -> None:
-    """Make the gradient checkpointing of a transformers model carry the routing scope (reentrant or not).
-
-    transformers keeps the function on every module that checkpoints, as `_gradient_checkpointing_func`.
-    """
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        if checkpoint is not None and not isinstance(checkpoint, ScopedCheckpoint):
-            module._gradient_checkpointing_func = ScopedCheckpoint(checkpoint)
+def _parts_of(root: nn.Module) -> weakref.WeakSet[nn.Module]:
+    if root not in _parts:
+        _parts[root] = weakref.WeakSet(_models_inside(root))
+    return _parts[root]
 
 
-class ScopedCheckpoint:
-    """A checkpoint function whose recomputation runs under the scope of the forward pass that called it.
-
-    Args:
-        checkpoint: a function like `torch.utils.checkpoint.checkpoint`, called as `checkpoint(function, *args)`.
-    """
-
-    def __init__(self, checkpoint: Callable[..., Any]) -> None:
-        self.checkpoint = checkpoint
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        scope, recomputing = _state.scope, _state.recomputing
-
-        def run_in_scope(*inputs: Any, **options: Any) -> Any:
-            nonlocal recomputing
-            has_run_before, recomputing = recomputing, True
-            with use_scope(scope, has_run_before):
-                return function(*inputs, **options)
-
-        output = self.checkpoint(run_in_scope, *args, **kwargs)
-        if scope is not None:
-            scope.statistics.make()  # now, or they would keep alive what the checkpoint frees
-        return output
+def _models_inside(model: nn.Module) -> list[nn.Module]:
+    """The models of token sequences inside of `model`."""
+    return [
+        module
+        for module in model.modules()
+        if module is not model
+        and isinstance(module, PreTrainedModel)
+        and not {"input_ids", "inputs_embeds"}.isdisjoint(_parameters(type(module)))
+    ]
 
 
+@functools.cache
+def _parameters(model_class: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
+
+
+class _OneGeneration:
+    """The `generate` of an adapted model; an object, for a bound function would be lost in a pickle of the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.of_instance = model.__dict__.get("generate")  # of a program that has put another there
+        self.__wrapped__, self.__doc__ = model.generate, model.generate.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _chunk_size(self.model, args, kwargs):
+            # Routes are made of the whole prompt in every layer, so there is nothing to save by its parts.
+            kwargs["prefill_chunk_size"] = None
+        with generation(_prompt_length(self.model, args, kwargs)):
+            return self.__wrapped__(*args, **kwargs)
+
+
+def _chunk_size(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    configs = [kwargs.get("generation_config"), *args, getattr(model, "generation_config", None)]
+    sizes = (getattr(config, "prefill_chunk_size", None) for config in configs if not isinstance(config, Tensor))
+    return kwargs.get("prefill_chunk_size") or next((size for size in sizes if size), None)
+
+
+def _prompt_length(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    if _is_encoder_decoder(model):
+        start = kwargs.get("decoder_input_ids")
+        return start.shape[1] if isinstance(start, Tensor) else None
+    given = kwargs.get("input_ids")
+    given = kwargs.get("inputs", args[0] if args else None) if given is None else given
+    return given.shape[1] if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] else None
+
+
+@torch.compiler.disable
 def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    trains = model.training and torch.is_grad_enabled()
-    if trains:
-        follow_checkpoints(model)
+    outer = _state.scope
+    while outer is not None and outer.root is model:
+        outer = outer.outer  # left behind by a KeyboardInterrupt, for which PyTorch calls no hook
     inputs = _named_inputs(model, args, kwargs)
-    sequence = inputs.get("inputs_embeds")
-    sequence = inputs.get("input_ids") if sequence is None else sequence
-    scope = RoutingScope(held=_held_cores(inputs.get("past_key_values")))
-    if isinstance(sequence, Tensor) and sequence.ndim >= 2:
-        mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
-        scope.set_positions(*_positions(sequence.shape[:2], mask, inputs.get("labels"), cache))
-    if trains:
-        scope.trains, scope.balance = True, BalanceLoss(_share_of_loss(inputs))
-    scope.model, scope.outer = model, _state.scope
-    while scope.outer is not None and scope.outer.model is model:
-        scope.outer = scope.outer.outer  # left behind by a KeyboardInterrupt, for which PyTorch calls no hook
+    scope = RoutingScope()
+    scope.model = scope.root = model
+    scope.outer, scope.backward, scope.first_node = outer, running_backward(), next_node()
+    scope.trains = model.training and torch.is_grad_enabled()
+    if scope.trains:
+        scope.balance = BalanceLoss(_share_of_loss(inputs))
+    _hold(scope, inputs)
+    if _is_encoder_decoder(model):
+        scope.labels = inputs.get("labels")
+    else:
+        _read_inputs(scope, inputs, inputs.get("labels"))
+    _name_adapters(scope, inputs)
     _state.scope = scope
 
 
+@torch.compiler.disable
 def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     scope = _state.scope
-    if scope.computed and _state.held is not None:
-        _state.held = {**_state.held, **scope.computed}
-    cache = _identity(getattr(output, "past_key_values", None))
-    if cache is not None and (scope.held or scope.computed):
-        _held_by_cache[cache] = {**scope.held, **scope.computed}
     _state.scope = scope.outer
     if output is None:  # the forward pass failed
         return None
+    cache = getattr(output, "past_key_values", None)
+    running = _state.generation
+    if scope.computed or scope.held.cores:
+        routes = scope.routes()
+        bind(cache, routes)
+        if running is not None and (scope.held is running.routes or not running.routes.cores):
+            running.routes, running.cache = routes, cache
+        if running is not None and cache is None and scope.begins is not None:
+            running.begun.append((scope.begins, routes))
     scope.statistics.add()
-    return scope.balance.add_to(output) if scope.balance.terms else None
+    if scope.balance.terms:
+        output = scope.balance.add_to(output)
+    if torch.is_grad_enabled():
+        _announcements.follow(output, scope, scope.whole, scope.first_node)
+    return output
+
+
+@torch.compiler.disable
+def _enter_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    scope = _state.scope
+    if scope is None and running_backward() != NO_BACKWARD:
+        return  # a checkpoint around the whole module: its layers find the scope that it has run under
+    inputs = _named_inputs(module, args, kwargs)
+    if scope is None or module not in _parts_of(scope.root):
+        _open_scope(module, args, kwargs)
+        return
+    shape = _shape(inputs)
+    if shape is None or (shape == scope.shape and not _is_encoder_decoder(scope.root)):
+        scope.settle()
+        return
+    part = scope.part()
+    part.model, part.first_node = module, next_node()
+    if _is_encoder_decoder(scope.root):
+        part.role = "decoder" if "encoder_hidden_states" in inputs else "encoder"
+    if part.role == "decoder" and isinstance(states := inputs["encoder_hidden_states"], Tensor):
+        memory = part.part()
+        memory.role = "encoder"
+        shape = tuple(states.shape[:2])
+        memory.set_positions(shape, attended_positions(inputs.get("encoder_attention_mask"), shape))
+        part.memory = states, memory
+    _read_inputs(part, inputs, _shifted(scope.whole.labels) if part.role == "decoder" else None)
+    _state.scope = part
+
+
+@torch.compiler.disable
+def _leave_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    scope = _state.scope
+    if scope is None or scope.model is not module:
+        return None
+    if scope.root is module:
+        return _close_scope(module, args, kwargs, output)
+    _state.scope = scope.outer
+    if output is not None and torch.is_grad_enabled():
+        _announcements.follow(output, scope, scope.whole, scope.first_node)
+    return None
+
+
+def _is_encoder_decoder(model: nn.Module | None) -> bool:
+    # The configuration says so of the encoder by itself too, which generation calls first.
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return bool(both) and "decoder_input_ids" in _parameters(type(model))
+
+
+def _shifted(labels: Any) -> Any:
+    """Labels of an encoder-decoder, which stand where they are predicted, at the positions that they belong to."""
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return None
+    return nn.functional.pad(labels[:, :-1], (1, 0), value=IGNORE_INDEX)
+
+
+def _hold(scope: RoutingScope, inputs: dict[str, Any]) -> None:
+    """Find the routes that the forward pass goes on with."""
+    cache, running = inputs.get("past_key_values"), _state.generation
+    if running is not None and running.routes.cores and cache is running.cache is not None:
+        scope.held, scope.goes_on = running.routes, True
+        return
+    filled = cached_positions(cache) > 0 if not isinstance(cache, tuple) else bool(cache)
+    if filled:
+        routes = routes_of(cache)
+        if routes is None and running is not None:
+            routes = running.routes  # of a tuple that was put together anew
+        scope.held = HeldRoutes() if routes is None else routes
+        scope.goes_on = not isinstance(cache, tuple)
+    elif running is not None and running.cache is None:
+        ids = None if _is_encoder_decoder(scope.root) else inputs.get("input_ids")
+        scope.held = running.begun_with(ids)
+        if isinstance(ids, Tensor) and not scope.held.cores:
+            scope.begins = ids
+
+
+def _shape(inputs: dict[str, Any]) -> tuple[int, int] | None:
+    sequence = inputs.get("inputs_embeds")
+    sequence = inputs.get("input_ids") if sequence is None else sequence
+    return tuple(sequence.shape[:2]) if isinstance(sequence, Tensor) and sequence.ndim >= 2 else None
+
+
+def _read_inputs(scope: RoutingScope, inputs: dict[str, Any], labels: Any) -> None:
+    """Tell the scope what a model's inputs say of its sequence."""
+    shape = _shape(inputs)
+    if shape is None:
+        return
+    cache, running, known = inputs.get("past_key_values"), _state.generation, _state.known
+    if known is not None and running is not None and running.known is not None:
+        known = running.known
+    attended = attended_positions(inputs.get("attention_mask"), shape, cache)
+    if scope.goes_on and shape[1] == 1:
+        scope.set_positions(shape, attended)
+        return
+    answered = labels != IGNORE_INDEX if isinstance(labels, Tensor) and tuple(labels.shape) == shape else None
+    prompt = None
+    if known is not None and not (scope.goes_on and scope.held.cores):
+        prompt, answered = known.fitted(shape, cached_positions(cache), running is not None)
+        if prompt is not None and attended is not None and not (prompt & attended).any(dim=1).all():
+            raise MixLoraError("known_prompt: a row's prompt has no position but padding; routers average at least one")
+    starts = None if scope.goes_on else sample_starts(inputs, shape, attended)
+    given = None
+    is_first = running is not None and not running.routes.cores and not scope.goes_on
+    if is_first and running.prompt_length is not None and inputs.get("inputs_embeds") is None:
+        given = running.prompt_length
+        if shape[1] < given:
+            raise MixLoraError(
+                f"generate() was given {given} positions and begins with {shape[1]} of them: routes are those of the "
+                "whole prompt, so pass it at once"
+            )
+    scope.set_positions(shape, attended, answered, starts, prompt, given, rest_is_asked=known is not None)
+
+
+def _name_adapters(scope: RoutingScope, inputs: dict[str, Any]) -> None:
+    if _state.named is None or _state.named[0] is not scope.root:
+        return
+    names, shape = _state.named[1], _shape(inputs)
+    if shape is not None and _state.generation is not None and len(names) and shape[0] % len(names) == 0:
+        # Generation repeats every prompt for its beams or continuations before the first forward pass.
+        names = [name for name in names for _ in range(shape[0] // len(names))]
+    scope.adapter_names = names
+
+
+def _tell_of_unknown_prompt(model: nn.Module | None, why: str, otherwise: str) -> None:
+    message = (
+        f"MixLoRA's routers average what the model has to predict: in this training step {why}, while generation "
+        f"averages the prompt alone; {HOW_TO_TELL}"
+    )
+    if otherwise == "error":
+        raise MixLoraError(message)
+    if model is not None and model not in _told:
+        _told.add(model)
+        warnings.warn(message, stacklevel=2)
 
 
 def _share_of_loss(inputs: dict[str, Any]) -> Tensor | None:
@@ -290,52 +791,3 @@ def _named_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if not args:
         return kwargs
     return {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
-
-
-def _held_cores(cache: Any) -> HeldCores | None:
-    if _state.held is not None:
-        return _state.held
-    cache = _identity(cache)
-    return None if cache is None else _held_by_cache.get(cache)
-
-
-def _identity(cache: Any) -> Cache | Tensor | None:
-    """What tells a cache from others: itself, or the first tensor of the tuples that transformers 4.37 hands around."""
-    if isinstance(cache, Cache):
-        return cache
-    while isinstance(cache, tuple) and cache:
-        cache = cache[0]
-    return cache if isinstance(cache, Tensor) else None
-
-
-def _positions(
-    shape: tuple[int, int], attention_mask: Any, labels: Any, cache: Any = None
-) -> tuple[tuple[int, int], Tensor | None, Tensor | None]:
-    instances, length = shape
-    attended = prompt = None
-    if isinstance(attention_mask, dict):  # by kind of attention, which differ in what is near, not in what is padding
-        attention_mask = attention_mask.get("full_attention", next(iter(attention_mask.values()), None))
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and attention_mask.shape[1] >= length:
-        # With a cache the mask also covers the positions before this forward's own.
-        attended = attention_mask[:, attention_mask.shape[1] - length :].bool()
-    elif isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 and length > 1:
-        begin = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
-        attended = _not_padding(attention_mask, begin, length)
-    if isinstance(labels, Tensor) and tuple(labels.shape) == (instances, length):
-        prompt = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
-    return (instances, length), attended, prompt
-
-
-def _not_padding(mask: Tensor, begin: int, length: int) -> Tensor | None:
-    """What a mask of queries and keys [B, 1 or heads, S, keys] tells of the queries, bool [B, S].
-
-    transformers makes such masks for caches of a fixed length, `begin` being the key of the first query. They are true,
-    or zero, where a query attends to a key. Padding does not attend to itself, or, since some attention kernels fail
-    on a query without any key, to all keys, those that come after it too.
-    """
-    if mask.shape[2] != length or mask.shape[3] < begin + length:
-        return None
-    attends = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    attended = attends[:, :, begin : begin + length].diagonal(dim1=1, dim2=2).clone()
-    attended[:, :-1] &= ~attends[:, :-1].all(dim=-1)
-    return attended

@@ -2,8 +2,7 @@
 
 The moments are sums of small matrices. On a small model their operations cost less than starting them from within a
 layer, between large operations that leave the processor's caches cold. So a layer only hands over its z and its cores,
-and the moments are made for many layers in a row: when the forward pass is over, when a checkpoint within it ends and
-frees what its layers have computed, or when [`MOST_NUMBERS`] wait.
+and the moments are made for many layers in a row: when the forward pass is over, or when [`MOST_NUMBERS`] wait.
 
 Where autograd keeps z and cores for the backward pass, waiting takes no memory. Where it does not keep z (with dropout,
 or routers without a gradient) it takes what [`MOST_NUMBERS`] take: of LLaVA-7B (224 layers, E = 16, S = 700, B = 16)
@@ -12,13 +11,19 @@ the z of 45 layers, 32 MB in float32. Moments that wait to be added take 32·E²
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from .routing_statistics import choices
+from .segments import Segments
 from .static_core import instance_grams, summed_moments
+
+_SelectiveCheckpoint = getattr(checkpoint, "_CachingTorchDispatchMode", None)
 
 MOST_NUMBERS = 2**23
 """In z and cores together, before moments are made of them."""
@@ -32,12 +37,31 @@ class Statistics(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """One layer's forward pass: z [B, S, E], cores [B, E, E], attended [B, S], and what it will be added to."""
+    """One layer's forward pass: z [B, S, E], cores [B, E, E], attended [B, S], and what it will be added to.
+
+    With `segments` there are cores [G, E, E].
+    """
 
     total: Statistics
     z: Tensor
     cores: Tensor
     attended: Tensor | None
+    segments: Segments | None
+
+    def grams(self) -> Tensor:
+        """Σ zᵀz of each instance or segment."""
+        if self.segments is None:
+            return instance_grams(self.z, self.attended)
+        return self.segments.grams(self.z, self.attended)
+
+
+def _unseen_by_checkpoints() -> AbstractContextManager[Any]:
+    """No dispatch modes, where one is a selective checkpoint's: it counts on the same operations in both passes."""
+    if _SelectiveCheckpoint is not None and any(
+        isinstance(mode, _SelectiveCheckpoint) for mode in _get_current_dispatch_mode_stack()
+    ):
+        return _disable_current_modes()
+    return nullcontext()
 
 
 class TrainingStatistics:
@@ -56,12 +80,19 @@ class TrainingStatistics:
         """What statistics take that have been made and not yet added."""
         return sum(tensor.nbytes for _, made in self._made for tensor in made)
 
-    def note(self, total: Statistics, z: Tensor, cores: Tensor, attended: Tensor | None) -> None:
+    def note(
+        self,
+        total: Statistics,
+        z: Tensor,
+        cores: Tensor,
+        attended: Tensor | None,
+        segments: Segments | None = None,
+    ) -> None:
         """Take a layer's part of the forward pass, which will be added to `total`.
 
-        `z`, `cores` and `attended` are those of `static_core.instance_moments`.
+        `z`, `cores` and `attended` are those of `static_core.instance_moments`; with `segments` the cores are theirs.
         """
-        self._waiting.append(_Pass(total, z, cores, attended))
+        self._waiting.append(_Pass(total, z, cores, attended, segments))
         self._numbers += z.numel() + cores.numel()
         if self._numbers >= MOST_NUMBERS:
             self.make()
@@ -73,8 +104,8 @@ class TrainingStatistics:
         for waiting in self._waiting:
             alike.setdefault((waiting.cores.shape, waiting.cores.device), []).append(waiting)
         for (_, device), passes in alike.items():
-            with torch.autocast(device.type, enabled=False):
-                grams = torch.stack([instance_grams(each.z, each.attended) for each in passes])
+            with torch.autocast(device.type, enabled=False), _unseen_by_checkpoints():
+                grams = torch.stack([each.grams() for each in passes])
                 cores = torch.stack([each.cores for each in passes])
                 made = zip(choices(cores), summed_moments(grams, cores))
             self._made += [(each.total, Statistics(*of_layer)) for each, of_layer in zip(passes, made)]

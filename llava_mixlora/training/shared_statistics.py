@@ -2,76 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import MixLoraError
 from ..method.layer import MixLoraLayer
+from ..method.shared_sums import remember, shared_by, statistics_of
 
 
-class SharedStatistics(TrainerCallback):
-    """Makes the statistics in a model's layers sum what every process sees, not only this one.
+@torch.no_grad()
+def share_statistics(model: nn.Module, group: distributed.ProcessGroup | None = None) -> None:
+    """Make the statistics in a model's layers sum what every process has seen, not only this one.
 
-    While a step runs, gradient accumulation included, each process counts its own instances; when the step is done,
-    what was counted since the last one is summed over the processes. So whichever process saves, and however it does,
-    after any step: the counts are those of one process that saw all the data. Counts that a resumed run has loaded,
-    which every process loads, are no news and are not summed.
+    While it trains, each process counts its own instances; this adds what the others have counted since the last call,
+    so whichever process saves afterwards, the counts are those of one process that saw all the data. Counts that every
+    process has loaded are no news and are not summed; without news, nothing changes. Every process has to call it,
+    between two steps of training and not in the middle of one. It needs no Trainer, and does nothing in one process.
+
+    Args:
+        model: a PeftModel, or what wraps one, such as DistributedDataParallel or FSDP.
+        group: the processes that see different data, where that is not all of them.
+
+    Raises:
+        MixLoraError: the model has no MixLoRA layers.
     """
-
-    def __init__(self) -> None:
-        self._shared: list[Tensor] = []  # what every process has, of all layers in a row: counts, then moments
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Take note of the counts that an earlier run has left, which every process has."""
-        self._shared = [_in_a_row(sums) for sums in _statistics(model)]
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Sum what the processes have counted in this step; every process gets here."""
-        self._share(model)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Sum what was counted after the last step, where training was stopped within one."""
-        self._share(model)
-
-    def _share(self, model: nn.Module) -> None:
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-            return
-        for sums, shared in zip(_statistics(model), self._shared):
-            news = _in_a_row(sums) - shared
-            distributed.all_reduce(news)
-            shared += news
-            for of_layer, of_all in zip(sums, shared.split([of_layer.numel() for of_layer in sums])):
-                of_layer.copy_(of_all.view_as(of_layer))
-
-
-def share_statistics(trainer: Trainer) -> None:
-    """Add a [`SharedStatistics`] to a Trainer whose model has MixLoRA layers; does nothing the second time."""
-    if not _statistics(trainer.model)[0] or any(
-        isinstance(c, SharedStatistics) for c in trainer.callback_handler.callbacks
-    ):
+    statistics = list(statistics_of(model))
+    if not statistics:
+        raise MixLoraError(
+            f"share_statistics: {type(model).__name__} has no MixLoRA layers; expected a model of get_peft_model(), or "
+            "what wraps one"
+        )
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
         return
-    trainer.add_callback(SharedStatistics())
-    # It would overwrite the counts of all processes with those of the first, possibly in the middle of a step.
-    names = [name for name, _ in trainer.model.named_buffers() if "mixlora_stats" in name]
-    ignored = getattr(trainer.model, "_ddp_params_and_buffers_to_ignore", ())
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trainer.model, [*ignored, *names])
+    _warn_of_broadcasts(model)
+    shared = [shared_by(layer, adapter) for layer, adapter, _ in statistics]
+    summed = []
+    for kind in range(2):  # counts, then moments
+        ours = [sums[kind] for *_, sums in statistics]
+        before = [torch.zeros_like(mine) if known is None else known[kind] for mine, known in zip(ours, shared)]
+        device = _device_of_news(ours[0], group)
+        in_all = _in_a_row(before, device)
+        news = _in_a_row(ours, device) - in_all
+        distributed.all_reduce(news, group=group)
+        in_all += news
+        summed.append([part.view_as(mine) for part, mine in zip(in_all.split([mine.numel() for mine in ours]), ours)])
+        torch._foreach_copy_(ours, summed[kind])
+    for (layer, adapter, _), usage, moments in zip(statistics, *summed):
+        remember(layer, adapter, (usage, moments))
 
 
-def _statistics(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The buffers themselves, of every layer and adapter: counts, int64 [2, E] each, and moments, float64 [4, E, E]."""
-    layers = [module for module in model.modules() if isinstance(module, MixLoraLayer)]
-    counts = [count for layer in layers for count in layer.mixlora_stats_usage.values()]
-    return counts, [bits.view(torch.float64) for layer in layers for bits in layer.mixlora_stats_moments.values()]
+def leave_to_each_process(model: nn.Module) -> None:
+    """Keep DistributedDataParallel, which is yet to wrap the model, from overwriting what processes have counted.
+
+    It would give all of them the counts of the first, possibly in the middle of a step. A PeftModel says so by itself,
+    unless a program has listed names of its own for it; a module around one does not.
+    """
+    names = _statistics_in(model)
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    if not names <= set(ignored):
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*ignored, *sorted(names)])
 
 
-def _in_a_row(sums: list[Tensor]) -> Tensor:
-    return torch.cat([of_layer.flatten().to(sums[0].device) for of_layer in sums])
+def _warn_of_broadcasts(model: nn.Module) -> None:
+    wrappers = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    if any(each.broadcast_buffers and _statistics_in(each.module) - each.parameters_to_ignore for each in wrappers):
+        warnings.warn(
+            "DistributedDataParallel broadcasts the buffers of the first process, the statistics of MixLoRA among "
+            "them, which lose what other processes count; make it with broadcast_buffers=False",
+            stacklevel=3,
+        )
+
+
+def _statistics_in(model: nn.Module) -> set[str]:
+    kinds = ("mixlora_stats_usage", "mixlora_stats_moments")
+    return {
+        f"{name}.{kind}.{adapter}".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, MixLoraLayer)
+        for kind in kinds
+        for adapter in getattr(module, kind)
+    }
+
+
+def _device_of_news(sums: Tensor, group: distributed.ProcessGroup | None) -> torch.device:
+    if sums.device.type == "cpu" and distributed.get_backend(group) == "nccl":  # which sums on a GPU only
+        return torch.device("cuda", torch.cuda.current_device())
+    return sums.device
+
+
+def _in_a_row(sums: list[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([of_layer.flatten().to(device) for of_layer in sums])

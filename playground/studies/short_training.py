@@ -23,7 +23,7 @@ from transformers import get_cosine_schedule_with_warmup
 from llava_mixlora.inference.loading import Loaded, load_for_inference
 from llava_mixlora.inference.samples import Batch, training_data, with_images
 from llava_mixlora.method.layer import MixLoraLayer
-from llava_mixlora.method.routing_scope import IGNORE_INDEX
+from llava_mixlora.method.model_inputs import IGNORE_INDEX
 from playground.answers import CONVERSATION
 
 WARMUP = 0.03  # share of the steps

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from llava_mixlora import MixLoraConfig, MixLoraError
 from llava_mixlora.method.balance_loss import load_balance
-from llava_mixlora.method.routing_scope import IGNORE_INDEX
+from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
 from ...tiny import layers, random_ids, randomise
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llava_mixlora import MixLoraConfig
-from llava_mixlora.method.routing_scope import IGNORE_INDEX, RoutingScope, attach, use_scope
+from llava_mixlora.method.model_inputs import IGNORE_INDEX
+from llava_mixlora.method.routing_scope import RoutingScope, attach, use_scope
 
 from ...tiny import layers, randomise
 

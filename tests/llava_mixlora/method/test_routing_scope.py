@@ -15,16 +15,8 @@ from transformers import DynamicCache
 
 from llava_mixlora import MixLoraConfig, MixLoraError
 from llava_mixlora.method import routing_scope
-from llava_mixlora.method.routing_scope import (
-    IGNORE_INDEX,
-    RoutingScope,
-    ScopedCheckpoint,
-    attach,
-    current_scope,
-    is_attached,
-    refine,
-    use_scope,
-)
+from llava_mixlora.method.model_inputs import IGNORE_INDEX, attended_positions
+from llava_mixlora.method.routing_scope import RoutingScope, attach, current_scope, is_attached, refine
 
 from ...tiny import layers, random_ids, randomise
 
@@ -99,18 +91,6 @@ def test_training_routes_as_inference_on_the_prompt_does(llama):
     trained = routes(model)
     model(input_ids=ids[:, :5])
     assert routes(model) == trained
-
-
-def test_only_what_precedes_the_first_supervised_label_counts(llama):
-    """In a conversation of several turns the second question comes after an answer."""
-    model = adapt(llama)
-    ids = random_ids(1, 9)
-    first = torch.tensor([[IGNORE_INDEX] * 3 + [5] * 6])
-    model(input_ids=ids, labels=first)
-    expected = scores(model)
-    two_turns = torch.tensor([[IGNORE_INDEX] * 3 + [5, 5] + [IGNORE_INDEX] * 2 + [5, 5]])
-    model(input_ids=ids, labels=two_turns)
-    assert torch.equal(scores(model), expected)
 
 
 def test_row_without_a_prompt_falls_back_to_what_is_attended(llama):
@@ -250,22 +230,6 @@ def test_checkpointing_changes_no_gradient_of_two_forwards(
     assert all(gradient.abs().max() > 0 for name, gradient in expected.items() if "router" in name)
 
 
-def test_checkpoint_recomputes_under_the_scope_of_its_forward():
-    seen = []
-    scope = RoutingScope((1, 2))
-
-    def function(x):
-        seen.append(current_scope())
-        return x * 2
-
-    checkpoint = ScopedCheckpoint(torch.utils.checkpoint.checkpoint)
-    x = torch.ones(1, requires_grad=True)
-    with use_scope(scope):
-        y = checkpoint(function, x, use_reentrant=True)
-    in_another_thread(y.sum())
-    assert seen == [scope, scope]
-
-
 # --- the life of a scope and of its hooks
 
 
@@ -328,25 +292,15 @@ def test_attaching_twice_is_attaching_once(llama):
     assert len(llama._forward_pre_hooks) == len(llama._forward_hooks) == 1
 
 
-def checkpoint_functions(model):
-    found = (module.__dict__.get("_gradient_checkpointing_func") for module in model.modules())
-    return [function for function in found if function is not None]
-
-
 def test_unload_leaves_nothing_behind(llama):
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
     hooks = [name for name in (*hooks, "_forward_hooks_always_called")]
     ids = random_ids(1, 4)
     expected = llama(input_ids=ids).logits
-    model = adapt(llama).train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model(**training_batch(1, 0)).loss.backward()
-    assert any(isinstance(function, ScopedCheckpoint) for function in checkpoint_functions(llama))
-    base = model.unload().eval()
+    base = adapt(llama).unload().eval()
     assert base is llama and not layers(base) and not is_attached(base)
-    assert all(not getattr(base, name) for name in hooks)
-    assert checkpoint_functions(base)
-    assert not any(isinstance(function, ScopedCheckpoint) for function in checkpoint_functions(base))
+    assert all(not getattr(module, name) for module in base.modules() for name in hooks)
+    assert "generate" not in vars(base)
     assert torch.equal(base(input_ids=ids).logits, expected)
 
 
@@ -465,7 +419,7 @@ def test_mask_of_queries_and_keys_tells_what_is_padding(dtype, begin, opened, re
     cache = DynamicCache()
     if begin:
         cache.update(torch.zeros(len(real), 1, begin, 4), torch.zeros(len(real), 1, begin, 4), 0)
-    assert torch.equal(routing_scope._positions((len(real), 5), mask[:, None], None, cache)[1], real)
+    assert torch.equal(attended_positions(mask[:, None], (len(real), 5), cache), real)
 
 
 def test_injected_adapter_generates_the_same_cached(_llama, llama, copy_of):
