@@ -41,7 +41,7 @@ class Watcher(TrainerCallback):
 
 @pytest.fixture
 def trainer(llama, tmp_path):
-    def build(callbacks, mixlora=True, routing="ifs_cfs", **options):
+    def build(callbacks, mixlora=True, routing="ifs_cfs", add=True, **options):
         options = {"report_to": "none", "save_strategy": "no", "max_steps": 4, "logging_steps": 2, **options}
         if mixlora:
             config = MixLoraConfig(r=2, num_factors=6, routing=routing, task_type="CAUSAL_LM")
@@ -53,7 +53,8 @@ def trainer(llama, tmp_path):
             str(tmp_path), use_cpu=True, per_device_train_batch_size=2, disable_tqdm=True, **options
         )
         built = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=callbacks)
-        add_routing_callback(built)
+        if add:
+            add_routing_callback(built)
         return built
 
     return build
@@ -119,6 +120,42 @@ def test_callback_is_there_once_and_first(trainer):
     add_routing_callback(built)
     positions = [isinstance(callback, RoutingCallback) for callback in built.callback_handler.callbacks]
     assert positions[0] and sum(positions) == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_callback_of_a_plain_trainer_moves_before_its_reporters(trainer, late):
+    reporter, callback = Reporter(), RoutingCallback()
+    built = trainer([reporter] if late else [reporter, callback], add=False)
+    if late:
+        built.add_callback(callback)
+    order = list(built.callback_handler.callbacks)
+    built.train()
+    assert built.callback_handler.callbacks == [callback, *(each for each in order if each is not callback)]
+    assert (built.callback_handler.callbacks == order) is not late
+    logs = [logs for logs in reporter.logs if "loss" in logs]
+    assert len(logs) == 2 and all(set(entry) > KEYS for entry in logs)
+
+
+def test_moving_to_the_front_leaves_no_other_callback_out(trainer):
+    calls = []
+
+    class Noting(TrainerCallback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_train_begin(self, *args, **kwargs):
+            calls.append(self.name)
+
+    built = trainer([Noting("before")], add=False, max_steps=1)
+    for callback in (RoutingCallback(), Noting("after")):
+        built.add_callback(callback)
+    built.train()
+    assert calls == ["before", "after"]
+
+
+def test_callback_says_that_a_model_has_no_adapter(trainer):
+    with pytest.warns(UserWarning, match="LlamaForCausalLM has no MixLoRA layers"):
+        trainer([RoutingCallback()], mixlora=False, max_steps=1).train()
 
 
 def test_model_without_an_adapter_has_no_callback(trainer):

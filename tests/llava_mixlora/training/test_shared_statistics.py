@@ -1,31 +1,27 @@
-"""Counts of a Trainer's processes; those of several are in tests/end_to_end/test_many_processes.py."""
+"""Sharing statistics, as one process sees it; that several have those of one is in test_statistics_of_processes.py."""
 
+import copy
 import multiprocessing
+import pickle
 
 import pytest
 from peft import get_peft_model
-from torch import distributed
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from llava_mixlora import MixLoraConfig
-from llava_mixlora.training.shared_statistics import SharedStatistics, share_statistics
+from llava_mixlora import MixLoraConfig, RoutingCallback, share_statistics
+from llava_mixlora.training.shared_statistics import leave_to_each_process
 
-from ...tiny import layers, random_ids
+from ...tiny import layers, message_of, random_ids
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+OTHERS = "base_model.model.lm_head.weight"
 
 
 @pytest.fixture
-def trainer(llama, tmp_path):
-    def build(mixlora=True):
-        config = MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM")
-        model = get_peft_model(llama, config) if mixlora else llama
-        rows = [{"input_ids": ids, "labels": ids} for ids in random_ids(8, 5)]
-        options = {"report_to": "none", "save_strategy": "no", "max_steps": 2, "disable_tqdm": True, "use_cpu": True}
-        built = Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=rows)
-        share_statistics(built)
-        return built
-
-    return build
+def model(llama):
+    return get_peft_model(llama, MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM"))
 
 
 @pytest.fixture
@@ -36,62 +32,145 @@ def process_group():
     distributed.destroy_process_group()
 
 
-def callbacks_of(trainer):
-    return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SharedStatistics)]
+def broadcast_statistics(module):
+    """Names of the statistics that DistributedDataParallel would spread from the first process, and whether others."""
+    names = list(DistributedDataParallel(module).named_module_buffers)
+    assert any("inv_freq" in name for name in names)
+    return [name for name in names if "mixlora_stats" in name]
 
 
-def test_callback_is_added_once(trainer):
-    built = trainer()
-    share_statistics(built)
-    assert len(callbacks_of(built)) == 1
+def test_data_parallelism_leaves_the_counts_to_each_process(model, process_group):
+    assert sum("mixlora_stats" in name for name, _ in model.named_buffers()) == 2 * 14
+    for module in (model, model.base_model):
+        assert broadcast_statistics(module) == []
 
 
-def test_model_without_an_adapter_has_no_callback(trainer):
-    assert not callbacks_of(trainer(mixlora=False))
+def test_adapter_that_came_later_is_left_to_each_process_too(model, process_group):
+    model.add_adapter("other", MixLoraConfig(r=2, num_factors=4, task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "other"])
+    assert sum("mixlora_stats" in name for name, _ in model.named_buffers()) == 2 * 28
+    assert broadcast_statistics(model) == []
 
 
-def test_one_process_counts_as_it_did(trainer):
-    built = trainer()
-    built.train()
-    for layer in layers(built.model).values():
+def test_what_a_program_leaves_to_each_process_stays_so(model, process_group):
+    model.get_base_model()._ddp_params_and_buffers_to_ignore = [OTHERS]
+    assert OTHERS in getattr(model, IGNORED)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model.base_model, ["model.lm_head.weight"])
+    assert "model.lm_head.weight" in DistributedDataParallel(model.base_model).parameters_to_ignore
+    assert broadcast_statistics(model.base_model) == []
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [OTHERS])
+    assert DistributedDataParallel(model).parameters_to_ignore == {OTHERS}
+    leave_to_each_process(model)
+    assert OTHERS in DistributedDataParallel(model).parameters_to_ignore and broadcast_statistics(model) == []
+
+
+def test_module_around_a_model_can_be_told(model, process_group):
+    around = nn.ModuleDict({"llm": model})
+    assert len(broadcast_statistics(around)) == 2 * 14
+    leave_to_each_process(around)
+    assert broadcast_statistics(around) == []
+
+
+def test_one_process_counts_as_it_did(model, tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in random_ids(8, 5)]
+    options = {"report_to": "none", "save_strategy": "no", "max_steps": 2, "disable_tqdm": True, "use_cpu": True}
+    arguments = TrainingArguments(str(tmp_path), **options)
+    Trainer(model, arguments, train_dataset=rows, callbacks=[RoutingCallback()]).train()
+    share_statistics(model)
+    for layer in layers(model).values():
         assert layer.mixlora_stats_usage["default"].sum(dim=1).tolist() == [2 * 2 * 8] * 2  # r, steps, instances
 
 
-def test_data_parallelism_leaves_the_counts_to_each_process(trainer, process_group):
-    model = trainer().model
-    names = [name for name, _ in model.named_buffers() if "mixlora_stats" in name]
-    broadcast = {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers}
-    assert len(names) == 2 * 14 and broadcast
-    assert not any(id(buffer) in broadcast for name, buffer in model.named_buffers() if name in names)
+def test_model_without_layers_is_refused(llama):
+    assert "LlamaForCausalLM has no MixLoRA layers" in message_of(share_statistics, llama)
 
 
-def count_two_steps(rank, model, meeting, results):
-    """In one of two processes: 100 from a run that goes on, then 1 or 2 a step; what the model has after each step."""
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    counts = [layer.mixlora_stats_usage["default"] for layer in layers(model).values()]
-    counts += [moment for layer in layers(model).values() for moment in layer.moments("default")]
-    for count in counts:
-        count += 100
-    callback = SharedStatistics()
-    callback.on_train_begin(None, None, None, model)
-    for _ in range(2):
-        for count in counts:
-            count += 1 + rank
-        callback.on_step_end(None, None, None, model)
-        results.put({number for count in counts for number in count.flatten().tolist()})
-    distributed.destroy_process_group()
+def add(model, number, adapter="default"):
+    for layer in layers(model).values():
+        layer.mixlora_stats_usage[adapter] += number
+        for moment in layer.moments(adapter):
+            moment += number
 
 
-def test_counts_of_the_processes_add_up_and_loaded_counts_do_not(trainer, tmp_path):
-    context, model = multiprocessing.get_context("fork"), trainer().model
+def found_in(model, adapter="default"):
+    return {
+        number
+        for layer in layers(model).values()
+        for sums in (layer.mixlora_stats_usage[adapter], *layer.moments(adapter))
+        for number in sums.flatten().tolist()
+    }
+
+
+def in_two_processes(function, tmp_path, *args):
+    """What `function(rank, *args)` returns in each of two processes of a group."""
+    context = multiprocessing.get_context("fork")
     results = [context.SimpleQueue() for _ in range(2)]
-    processes = [
-        context.Process(target=count_two_steps, args=(rank, model, tmp_path / "meeting", results[rank]))
-        for rank in range(2)
-    ]
+
+    def work(rank):
+        distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=rank, world_size=2)
+        results[rank].put(function(rank, *args))
+        distributed.destroy_process_group()
+
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
-    assert [[queue.get(), queue.get()] for queue in results] == [[{103}, {106}]] * 2
+    return [queue.get() for queue in results]
+
+
+def count_two_steps(rank, model):
+    """100 from a run that goes on, then 1 or 2 a step; what the model has after each step."""
+    add(model, 100)
+    callback, found = RoutingCallback(), []
+    callback.on_train_begin(None, None, None, model)
+    for _ in range(2):
+        add(model, 1 + rank)
+        callback.on_step_end(None, None, None, model)
+        found.append(found_in(model))
+    return found
+
+
+def test_counts_of_the_processes_add_up_and_loaded_counts_do_not(model, tmp_path):
+    assert in_two_processes(count_two_steps, tmp_path, model) == [[{103}, {106}]] * 2
+
+
+def count_and_replace(rank, model):
+    """An adapter that is replaced by a fresh one of its name, beside one whose counts are loaded in the meantime."""
+    model.add_adapter("other", MixLoraConfig(r=2, num_factors=4, task_type="CAUSAL_LM"))
+    add(model, 10)
+    share_statistics(model)
+    model.base_model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM"))
+    add(model, 1 + rank)
+    add(model, 50, "other")
+    model.load_state_dict({name: value for name, value in model.state_dict().items() if "other" in name}, strict=False)
+    add(model, 1 + rank, "other")
+    share_statistics(model)
+    share_statistics(model)
+    return found_in(model), found_in(model, "other")
+
+
+def test_adapter_in_the_place_of_another_starts_anew(model, tmp_path):
+    assert in_two_processes(count_and_replace, tmp_path, model) == [({3}, {53})] * 2
+
+
+def count_in_a_copy(rank, model):
+    add(model, 10)
+    share_statistics(model)
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model.get_base_model()))
+    found = []
+    for each in copies:
+        add(each, 1 + rank)
+        each.load_state_dict(each.state_dict())
+        add(each, 1 + rank)
+        share_statistics(each)
+        found.append(found_in(each))
+    return [*found, found_in(model)]
+
+
+def test_copy_of_a_model_knows_what_was_shared(model, tmp_path):
+    # 20 were shared; what a process then loads into itself, 21 or 22, it takes for what all have.
+    assert in_two_processes(count_in_a_copy, tmp_path, model) == [[{24}, {24}, {20}], [{25}, {25}, {20}]]
