@@ -53,7 +53,7 @@ fi
 language_model="${LANGUAGE_MODEL:-tiny}"
 case "$language_model" in
     tiny) ;;
-    smollm2) export EXTRAS="${EXTRAS:-qlora,deepspeed,lmms,serve,dev},smollm2" ;;
+    smollm2) export EXTRAS="${EXTRAS:-qlora,deepspeed,lmms,serve,trl,dev},smollm2" ;;
     *) echo "error: LANGUAGE_MODEL=$language_model: expected tiny or smollm2; for a model of yours set MODEL" >&2; exit 1 ;;
 esac
 

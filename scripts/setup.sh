@@ -35,7 +35,7 @@ llava_mixlora_setup() {
     }
 
     constraints="${CONSTRAINTS:-$root/scripts/constraints.txt}"
-    extras="${EXTRAS:-qlora,deepspeed,lmms,serve,dev}"
+    extras="${EXTRAS:-qlora,deepspeed,lmms,serve,trl,dev}"
     [[ -f "$constraints" ]] || { echo "setup: error: CONSTRAINTS $constraints: no such file" >&2; return 1; }
 
     # The stamp names what was installed from where, so a changed requirement or a moved clone installs again.

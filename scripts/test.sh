@@ -14,6 +14,16 @@ fi
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
 
+# The TRL of older environments, of which TRL 1 keeps less, with what it needs beside the packages that are there. pip
+# replaces nothing in such a folder, so it is made anew for other versions.
+older_trl=.stacks/trl-0.24
+if [[ ! -d "$older_trl" && "${1:-}" != "--quick" ]]; then
+    rm -rf "$older_trl.part"
+    python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$older_trl.part" \
+        trl==0.24.0 transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 datasets==3.6.0
+    mv "$older_trl.part" "$older_trl"
+fi
+
 ruff check .
 ruff format --check .
 processes="$(nproc)"

@@ -156,7 +156,8 @@ def peak_of_step(
         alive_before: dict[nn.Module, int] = {}
 
         def note(module: nn.Module, args: Any) -> None:
-            kept = live.live - current_scope().statistics.made_bytes  # they are gone in the backward pass
+            statistics = current_scope().statistics  # which are gone in the backward pass
+            kept = live.live - statistics.made_bytes - (statistics.waiting_bytes if checkpointing else 0)
             alive_before.setdefault(module, kept)  # a checkpointed layer runs again
 
         decoder.layers[-1].register_forward_pre_hook(note)

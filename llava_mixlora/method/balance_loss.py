@@ -62,7 +62,7 @@ class BalanceLoss:
         `note` tells a forward pass from a checkpoint's recomputation, whose term has been noted already.
         """
         if torch.compiler.is_compiling():
-            # What a graph keeps for its backward pass is the compiler's choice, and nothing in it could be told a scale.
+            # What a graph keeps for its backward pass is the compiler's choice; nothing in it could be told a scale.
             self.terms.append(term)
             return core
         if note:

@@ -20,7 +20,7 @@ CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 def attended_positions(mask: Any, shape: tuple[int, int], cache: Any = None) -> Tensor | None:
     """What an `attention_mask` tells of padding, bool [B, S], False there; None where it tells nothing.
 
-    `mask`: [B, S or more], a mask of queries and keys [B, 1 or heads, S, keys], or a dictionary of those.
+    `mask`: [B, S or more], one of queries and keys [B, S, keys] or [B, 1 or heads, S, keys], or a dictionary of those.
     """
     mask = _whole_mask(mask)
     length = shape[1]
@@ -36,7 +36,11 @@ def attended_positions(mask: Any, shape: tuple[int, int], cache: Any = None) -> 
 
 def cached_positions(cache: Any) -> int:
     """How many positions a cache holds; 0 where there is none, or of a kind that cannot tell."""
-    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    if isinstance(cache, Cache):
+        return int(cache.get_seq_length())
+    while isinstance(cache, tuple) and cache:  # transformers 4.37: keys [B, heads, positions, d] and values by layer
+        cache = cache[0]
+    return cache.shape[2] if isinstance(cache, Tensor) and cache.ndim == 4 else 0
 
 
 def sample_starts(inputs: dict[str, Any], shape: tuple[int, int], attended: Tensor | None) -> Tensor | None:
@@ -54,7 +58,7 @@ def sample_starts(inputs: dict[str, Any], shape: tuple[int, int], attended: Tens
         "position_ids": _restarts(inputs.get("position_ids"), shape, attended),
         "attention_mask": _blocks(_whole_mask(inputs.get("attention_mask")), shape, attended),
         "seq_idx": _changes(inputs.get("seq_idx"), shape, attended),
-        **{name: _ends(name, inputs.get(name), shape) for name in CUMULATIVE_LENGTHS},
+        **{name: _ends(name, inputs.get(name), shape, attended) for name in CUMULATIVE_LENGTHS},
     }
     known = {name: starts for name, starts in told.items() if starts is not None}
     if not known:
@@ -76,7 +80,9 @@ def sample_starts(inputs: dict[str, Any], shape: tuple[int, int], attended: Tens
 def _whole_mask(mask: Any) -> Tensor | None:
     if isinstance(mask, dict):  # by kind of attention, which differ in what is near, not in what is padding
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-    return mask if isinstance(mask, Tensor) else None
+    if not isinstance(mask, Tensor):
+        return None
+    return mask.unsqueeze(1) if mask.ndim == 3 else mask
 
 
 def _not_padding(mask: Tensor, begin: int, length: int) -> Tensor | None:
@@ -95,7 +101,7 @@ def _not_padding(mask: Tensor, begin: int, length: int) -> Tensor | None:
 
 
 def _attends(mask: Tensor) -> Tensor:
-    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    return mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0].bool()
 
 
 def _restarts(position_ids: Any, shape: tuple[int, int], attended: Tensor | None) -> Tensor | None:
@@ -150,7 +156,7 @@ def _blocks(mask: Tensor | None, shape: tuple[int, int], attended: Tensor | None
     return starts
 
 
-def _ends(name: str, lengths: Any, shape: tuple[int, int]) -> Tensor | None:
+def _ends(name: str, lengths: Any, shape: tuple[int, int], attended: Tensor | None) -> Tensor | None:
     if not isinstance(lengths, Tensor) or lengths.ndim != 1:
         return None
     ends = lengths.long()
@@ -162,8 +168,13 @@ def _ends(name: str, lengths: Any, shape: tuple[int, int]) -> Tensor | None:
     starts = torch.zeros(total + 1, dtype=torch.bool, device=ends.device)
     starts[ends[1:]] = True
     starts = starts[:total].view(shape)
+    if not starts[1:, 0].all():
+        raise MixLoraError(
+            f"{name}={ends.tolist()}: a sample goes on from one of the {shape[0]} rows of {shape[1]} positions into "
+            "the next; expected lengths of what each row holds, padding included"
+        )
     starts[:, 0] = False
-    return starts
+    return _among_attended(starts, attended)
 
 
 def _among_attended(starts: Tensor, attended: Tensor | None) -> Tensor:

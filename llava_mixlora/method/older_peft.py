@@ -56,6 +56,16 @@ class BaseTunerLayer(tuners_utils.BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the device and dtype of the base layer; whole numbers keep their dtype."""
         kinds = [getattr(self, kind) for kind in (*self.adapter_layer_names, *self.other_param_names)]
+        if device is not None:  # PEFT 0.13 fails there, over a variable that it has not set
+            dtype = self.get_base_layer().weight.dtype
+            for kind in kinds:
+                if not isinstance(kind, (nn.ParameterDict, BufferDict)) or adapter_name not in kind:
+                    continue
+                value = kind[adapter_name]
+                if not value.is_meta:
+                    both_are_floats = dtype.is_floating_point and value.is_floating_point()
+                    kind[adapter_name] = value.to(device, dtype if both_are_floats else value.dtype)
+            return
         whole = {
             id(kind): kind[adapter_name] for kind in kinds if isinstance(kind, BufferDict) and adapter_name in kind
         }

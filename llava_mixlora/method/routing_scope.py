@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from transformers import PreTrainedModel
 
 from ..errors import MixLoraError
@@ -104,7 +105,9 @@ class RoutingScope:
         behind another; `given`: how many positions the caller of a generation gave, drafts follow; `rest_is_asked` as
         in [`conversation_turns`]. The others are those of the class.
         """
-        self.shape, self.attended = shape, attended
+        # Of a tensor's sizes a compiler can leave open which they are, of numbers it does not: one without storage.
+        self._extent = None if shape is None else torch.empty(shape, device="meta")
+        self.attended = attended
         self.answered, self.starts, self.prompt, self.given = answered, starts, prompt, given
         self.rest_is_asked = rest_is_asked
         self.unknown_prompt: str | None = None  # why what is averaged is no prompt
@@ -120,12 +123,14 @@ class RoutingScope:
             self._of_memory.add(layer)  # a checkpoint may run the layer again on a copy of them
         return scope if layer in self._of_memory else self
 
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """(B, S) of the sequence, or None when the model's input is not a sequence."""
+        return None if self._extent is None else self._extent.shape
+
     def covers(self, x: Tensor) -> bool:
         """Whether x [B, S, d] is this scope's sequence (and not, say, the patches inside a vision tower)."""
-        if self.shape is None or x.ndim != 3:
-            return False
-        B, S = self.shape
-        return x.shape[0] == B and x.shape[1] == S  # each alone, or a compiled graph would hold for one S only
+        return self.shape is not None and x.ndim == 3 and x.shape[:2] == self.shape
 
     def shares_instances(self, x: Tensor) -> bool:
         """Whether x [B, S', d] holds this scope's instances: all their positions or, in a model's head, the last."""
@@ -224,7 +229,8 @@ class RoutingScope:
         if answered is None:
             return self.starts.long().cumsum(dim=1)
         attended = torch.ones_like(answered) if self.attended is None else self.attended
-        if self.starts is None and not (answered[:, :-1] & ~answered[:, 1:] & attended[:, 1:]).any():
+        asked_again = answered[:, :-1] & ~answered[:, 1:] & attended[:, 1:]
+        if self.starts is None and (is_fake(answered) or not asked_again.any()):
             return None
         starts = torch.zeros_like(answered) if self.starts is None else self.starts
         index = conversation_turns(answered, attended, starts.long().cumsum(dim=1), self.rest_is_asked)
@@ -244,7 +250,7 @@ class RoutingScope:
 
     def _check_prompt(self, routed: Tensor, answers: Tensor) -> None:
         """Note where answers follow no prompt. `answers` [B, S] or [B, T] tells what has any."""
-        if not self.trains:
+        if not self.trains or is_fake(routed):
             return
         has_answer = answers.bool() if routed.ndim == 3 else answers.any(dim=1)
         without = has_answer & ~self._usable(routed).squeeze(-1)
@@ -361,6 +367,7 @@ class _Generation:
 
     def __init__(self, prompt_length: int | None = None) -> None:
         self.prompt_length = prompt_length  # tokens that the caller gave; None where they are not counted in tokens
+        self.has_begun = False
         self.routes = HeldRoutes()
         self.cache: Any = None  # what its first forward pass filled
         self.begun: list[tuple[Tensor, HeldRoutes]] = []  # forward passes without a cache: token ids, and routes
@@ -617,6 +624,9 @@ def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     _hold(scope, inputs)
     if _is_encoder_decoder(model):
         scope.labels = inputs.get("labels")
+    elif _answers_nothing(model):
+        scope.role = "encoder"
+        _read_inputs(scope, inputs, None)
     else:
         _read_inputs(scope, inputs, inputs.get("labels"))
     _name_adapters(scope, inputs)
@@ -631,6 +641,8 @@ def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     cache = getattr(output, "past_key_values", None)
     running = _state.generation
+    if running is not None:
+        running.has_begun = True
     if scope.computed or scope.held.cores:
         routes = scope.routes()
         bind(cache, routes)
@@ -686,6 +698,12 @@ def _leave_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return None
 
 
+def _answers_nothing(model: nn.Module) -> bool:
+    """Whether labels tell the class of a sequence or of its tokens, and not what goes on with it."""
+    is_adapted = _open_scope in model._forward_pre_hooks.values()  # and no decoder that is called without its head
+    return is_adapted and isinstance(model, PreTrainedModel) and not model.can_generate()
+
+
 def _is_encoder_decoder(model: nn.Module | None) -> bool:
     # The configuration says so of the encoder by itself too, which generation calls first.
     both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -739,13 +757,14 @@ def _read_inputs(scope: RoutingScope, inputs: dict[str, Any], labels: Any) -> No
         return
     answered = labels != IGNORE_INDEX if isinstance(labels, Tensor) and tuple(labels.shape) == shape else None
     prompt = None
-    if known is not None and not (scope.goes_on and scope.held.cores):
-        prompt, answered = known.fitted(shape, cached_positions(cache), running is not None)
+    begin = cached_positions(cache)
+    if known is not None and not (begin and scope.held.cores):
+        prompt, answered = known.fitted(shape, begin, running is not None)
         if prompt is not None and attended is not None and not (prompt & attended).any(dim=1).all():
             raise MixLoraError("known_prompt: a row's prompt has no position but padding; routers average at least one")
     starts = None if scope.goes_on else sample_starts(inputs, shape, attended)
     given = None
-    is_first = running is not None and not running.routes.cores and not scope.goes_on
+    is_first = running is not None and not running.has_begun and not scope.goes_on
     if is_first and running.prompt_length is not None and inputs.get("inputs_embeds") is None:
         given = running.prompt_length
         if shape[1] < given:

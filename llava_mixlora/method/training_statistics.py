@@ -80,6 +80,11 @@ class TrainingStatistics:
         """What statistics take that have been made and not yet added."""
         return sum(tensor.nbytes for _, made in self._made for tensor in made)
 
+    @property
+    def waiting_bytes(self) -> int:
+        """What z and cores take that no statistics are made of yet; where autograd keeps them, they take it anyway."""
+        return sum(each.z.nbytes + each.cores.nbytes for each in self._waiting)
+
     def note(
         self,
         total: Statistics,

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from peft import get_peft_model
 from torch import nn
 
@@ -196,6 +198,12 @@ WAYS_TO_TELL = ("position_ids", "lengths", "numbers", "blocks", "additive blocks
 OPTIONS = ({}, {"router_scope": "sequence"}, {"lora_dropout": 0.5}, {"balance_loss_weight": 0.1})
 
 
+mixes_packed_samples = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("4.46"), reason="attention of this transformers mixes packed samples"
+)
+
+
+@mixes_packed_samples
 @each_example
 @given(conversations, st.sampled_from(WAYS_TO_TELL), st.integers(0, 99))
 def test_packed_samples_are_what_padded_ones_are(model, spoken, told_by, seed):
@@ -220,6 +228,7 @@ def test_packed_samples_are_what_padded_ones_are(model, spoken, told_by, seed):
     assert routes(model) == expected_routes
 
 
+@mixes_packed_samples
 @pytest.mark.parametrize("routing", ["ifs", "ifs_cfs"])
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["kept", "recomputed", "recomputed, reentrant"])
 @pytest.mark.parametrize("options", OPTIONS)
