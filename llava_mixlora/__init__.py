@@ -37,10 +37,10 @@ try:
     # Older accelerate imports DeepSpeed, which logs to the standard output, where programs read `doctor --json`.
     with redirect_stdout(sys.stderr):
         from .method.config import MixLoraConfig
+        from .method.forward_passes import known_prompt
         from .method.layer import MixLoraLayer
         from .method.model import MixLoraModel
         from .method.registration import KNOWS_NO_OTHER_TYPE, register, withdraw
-        from .method.routing_scope import known_prompt
 
     register(MixLoraConfig, MixLoraModel)
     if KNOWS_NO_OTHER_TYPE:

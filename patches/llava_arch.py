@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from llava_mixlora import MixLoraError
+from llava_mixlora.method.forward_passes import known_answers, refine
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
-from llava_mixlora.method.routing_scope import known_answers, refine
 
 from .patch import METHOD, Patch
 

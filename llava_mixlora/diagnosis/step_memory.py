@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import MixLoraError
-from ..method.routing_scope import current_scope
+from ..method.forward_passes import current_scope
 
 try:
     from transformers import AttentionInterface

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from ..errors import MixLoraError
 from .balance_loss import load_balance
 from .config import MixLoraConfig
+from .forward_passes import scope_of_layer
 from .layer_merging import MergeableLayer
 from .layer_settings import LayerSettings
 from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
 from .offloading import bring_back
 from .registration import BaseTunerLayer
-from .routing_scope import RoutingScope, scope_of_layer
+from .routing_scope import RoutingScope
 from .segments import Segments
 from .training_statistics import Statistics
 

@@ -14,7 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Modul
 from torch import Tensor, distributed, nn
 
 from ..errors import MixLoraError
-from . import routing_scope
+from . import forward_passes
 from .config import MixLoraConfig
 from .layer import MixLoraLayer, MixLoraLinear
 from .layer_settings import LayerSettings
@@ -113,7 +113,7 @@ class MixLoraModel(BaseTuner):
             return
         self._check_adapter_names(adapter_names)
         self._follow_adapter_names()
-        with routing_scope.named_adapters(self.model, adapter_names):
+        with forward_passes.named_adapters(self.model, adapter_names):
             yield
 
     def _check_adapter_names(self, adapter_names: Sequence[str]) -> None:
@@ -144,7 +144,7 @@ class MixLoraModel(BaseTuner):
                 module.register_forward_pre_hook(_name_adapters, with_kwargs=True)
 
     def _post_injection_hook(self, model: nn.Module, config: MixLoraConfig, adapter_name: str) -> None:
-        routing_scope.attach(model)
+        forward_passes.attach(model)
 
     def _create_and_replace(
         self,
@@ -214,7 +214,7 @@ class MixLoraModel(BaseTuner):
             self._check_static_updates(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            routing_scope.detach(model)
+            forward_passes.detach(model)
         return model
 
 
@@ -228,7 +228,7 @@ def adapted_layers(model: nn.Module, adapter: str = ADAPTER) -> dict[str, MixLor
 
 
 def _name_adapters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    scope = routing_scope.current_scope()
+    scope = forward_passes.current_scope()
     if scope is None or scope.adapter_names is None:
         return None
     return args, {**kwargs, "adapter_names": list(scope.adapter_names)}

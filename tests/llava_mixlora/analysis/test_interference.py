@@ -19,7 +19,7 @@ from llava_mixlora.analysis.interference_report import Interference
 from llava_mixlora.cli import main
 from llava_mixlora.inference.loading import load_for_inference
 from llava_mixlora.inference.samples import SampleSource, batches, samples_by_task
-from llava_mixlora.method.routing_scope import generation
+from llava_mixlora.method.forward_passes import generation
 
 from ...tiny import LINEAR_LAYERS, plain, random_ids, randomise, write_adapter
 

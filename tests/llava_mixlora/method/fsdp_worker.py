@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llava_mixlora import MixLoraConfig
-from llava_mixlora.method.routing_scope import IGNORE_INDEX
+from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
 from ...conftest import LLAMA
 from ...tiny import VOCABULARY, random_ids, randomise

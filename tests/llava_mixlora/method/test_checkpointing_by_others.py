@@ -23,10 +23,13 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from llava_mixlora import MixLoraConfig, MixLoraError
 from llava_mixlora.method import training_statistics
-from llava_mixlora.method.routing_scope import IGNORE_INDEX, current_scope
+from llava_mixlora.method.forward_passes import current_scope
+from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
 from ...tiny import VOCABULARY, deepspeed_on_cpu, layers, random_ids, randomise
 from . import fsdp_worker
+
+pytestmark = pytest.mark.one_stack  # what checkpoints here is PyTorch
 
 WRAPPED = "_checkpoint_wrapped_module."
 PROMPT_LENGTHS = [(2, 3, 6), (4, 2, 5)]  # of the rows of two batches

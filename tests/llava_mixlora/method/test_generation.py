@@ -23,8 +23,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from llava_mixlora import MixLoraConfig
-from llava_mixlora.method import routing_scope
+from llava_mixlora import MixLoraConfig, known_prompt
 
 from ...conftest import LLAMA
 from ...tiny import VOCABULARY, message_of, random_ids, randomise
@@ -150,7 +149,7 @@ def test_beams_go_on_with_the_routes_of_a_given_cache(model):
     ids = random_ids(2, 8)
     cached = greedy(model, ids, past_key_values=filled_beams(model, ids[:, :6], 3), **options)
     known = torch.arange(8).expand(2, 8) < 6
-    with routing_scope.known_prompt(prompt=known):
+    with known_prompt(prompt=known):
         assert torch.equal(greedy(model, ids, use_cache=False, **options), cached)
 
 
@@ -453,7 +452,7 @@ def test_guidance_is_routed_by_its_own_prompt(model, length):
             known = None
             if expected and prompt.shape[1] == 1:
                 known = torch.arange(ids.shape[1])[None] < 1
-            with routing_scope.known_prompt(prompt=known) if known is not None else nullcontext(), torch.no_grad():
+            with known_prompt(prompt=known) if known is not None else nullcontext(), torch.no_grad():
                 logits.append(model(input_ids=ids, labels=labels, use_cache=False).logits[:, -1].log_softmax(-1))
         given, unconditional = logits
         expected.append((unconditional + 1.5 * (given - unconditional)).argmax(-1, keepdim=True))
@@ -476,7 +475,7 @@ def test_known_prompt_is_what_is_averaged(model):
     captured = []
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     handle = layer.register_forward_pre_hook(lambda module, args: captured.append(args[0]))
-    with routing_scope.known_prompt(prompt=prompt):
+    with known_prompt(prompt=prompt):
         answer = greedy(model, PROMPT)
         assert torch.equal(greedy(model, PROMPT, use_cache=False), answer)
     handle.remove()
@@ -495,9 +494,9 @@ def test_known_prompt_of_padded_rows_is_that_of_each_alone(model):
     known[:, -4:-1] = True
     rows = []
     for prompt in PROMPTS[1:]:
-        with routing_scope.known_prompt(prompt=known[:1, -prompt.shape[1] :]):
+        with known_prompt(prompt=known[:1, -prompt.shape[1] :]):
             rows.append(greedy(model, prompt))
-    with routing_scope.known_prompt(prompt=known):
+    with known_prompt(prompt=known):
         for options, answers in variants(model, ids, attention_mask=mask):
             if "num_beams" not in options:
                 assert torch.equal(answers, torch.cat(rows))
@@ -506,7 +505,7 @@ def test_known_prompt_of_padded_rows_is_that_of_each_alone(model):
 def test_turns_of_a_conversation_are_routed_as_when_they_were_answered(model):
     answers = torch.tensor([[0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0]] * 2, dtype=torch.bool)
     ids = random_ids(2, 12, seed=8)
-    with routing_scope.known_prompt(answers=answers):
+    with known_prompt(answers=answers):
         cached = greedy(model, ids)
         assert torch.equal(greedy(model, ids, use_cache=False), cached)
         beams = {"num_beams": 2, "num_return_sequences": 2}
@@ -523,7 +522,7 @@ def test_turns_of_a_conversation_are_routed_as_when_they_were_answered(model):
 def test_conversation_with_several_turns_has_a_cache_to_go_on_with(model):
     answers = torch.tensor([[0, 0, 1, 1, 0, 0, 0, 0]], dtype=torch.bool)
     ids = random_ids(1, 8, seed=8)
-    with routing_scope.known_prompt(answers=answers):
+    with known_prompt(answers=answers):
         expected = greedy(model, ids)
         with torch.no_grad():
             output = model(input_ids=ids, use_cache=True)
@@ -549,7 +548,7 @@ BAD_MASKS = {
 @pytest.mark.parametrize("masks, said", BAD_MASKS.values(), ids=BAD_MASKS)
 def test_known_prompt_that_is_none_is_refused_in_one_line(masks, said):
     def enter():
-        with routing_scope.known_prompt(**masks):
+        with known_prompt(**masks):
             pass
 
     assert said in message_of(enter)
@@ -557,14 +556,14 @@ def test_known_prompt_that_is_none_is_refused_in_one_line(masks, said):
 
 @pytest.mark.parametrize("rows, length", [(1, 10), (1, 12), (2, 9)])
 def test_known_prompt_of_another_shape_is_refused_in_one_line(model, rows, length):
-    with routing_scope.known_prompt(prompt=torch.ones(rows, length, dtype=torch.bool)):
+    with known_prompt(prompt=torch.ones(rows, length, dtype=torch.bool)):
         assert "expected one value for each position" in message_of(greedy, model, PROMPT)
     assert torch.equal(greedy(model, PROMPT), routed_by(model, PROMPT, 9))  # nothing of it is left
 
 
 def test_known_prompt_of_nothing_but_padding_is_refused_in_one_line(model):
     ids, mask = left_padded(PROMPTS[:2], 8)
-    with routing_scope.known_prompt(prompt=mask == 0):
+    with known_prompt(prompt=mask == 0):
         assert "no position but padding" in message_of(greedy, model, ids, attention_mask=mask)
 
 

@@ -11,8 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llava_mixlora import MixLoraConfig
+from llava_mixlora.method.forward_passes import attach, use_scope
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
-from llava_mixlora.method.routing_scope import RoutingScope, attach, use_scope
+from llava_mixlora.method.routing_scope import RoutingScope
 
 from ...tiny import layers, randomise
 

@@ -15,8 +15,9 @@ from transformers import DynamicCache
 
 from llava_mixlora import MixLoraConfig, MixLoraError
 from llava_mixlora.method import routing_scope
+from llava_mixlora.method.forward_passes import attach, current_scope, is_attached, refine
 from llava_mixlora.method.model_inputs import IGNORE_INDEX, attended_positions
-from llava_mixlora.method.routing_scope import RoutingScope, attach, current_scope, is_attached, refine
+from llava_mixlora.method.routing_scope import RoutingScope
 
 from ...tiny import layers, random_ids, randomise
 
