@@ -50,7 +50,7 @@ class HeldRoutes:
         if segments is not None and len(core) == segments:
             return core
         if self.last is not None:
-            core = core.index_select(0, self.last)
+            core = core.index_select(0, self.last.to(core.device))
         if len(core) == instances:
             return core
         if instances % len(core) == 0:  # the cache was repeated to draw several continuations of each prompt

@@ -187,6 +187,7 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         if not trains and self.observer is None:
             return
         attended = scope.attended if scope is not None and scope.covers(x) else None
+        attended = None if attended is None else attended.to(x.device)
         if self.training and not isinstance(self.mixlora_dropout[adapter], nn.Identity):
             with torch.no_grad():  # by a checkpoint too, which may count on the same operations in the same order
                 z = F.linear(x, self.mixlora_A[adapter])
@@ -263,6 +264,7 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         segments = None
         if scope is not None and scope.covers(x):
             segments = scope.segments(settings.router_scope, settings.count_padding)
+            segments = None if segments is None else segments.on(x.device)
         holds = scope is not None and settings.decode_routing == "prefill" and scope.shares_instances(x)
         if holds and (held := scope.held_core(key, len(x), segments)) is not None:
             return held, segments if segments is not None and len(held) == len(segments) else None

@@ -49,9 +49,8 @@ def pooled_input(x: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         return x.mean(dim=1, dtype=at_least_float32(x.dtype))
     x = x.to(at_least_float32(x.dtype))
-    if weights.ndim == 3:
-        return torch.bmm(weights.to(x.dtype), x)
-    return torch.bmm(weights.to(x.dtype).unsqueeze(1), x).squeeze(1)
+    weights = weights.to(x)  # its layer may be on another device than the model's inputs
+    return torch.bmm(weights, x) if weights.ndim == 3 else torch.bmm(weights.unsqueeze(1), x).squeeze(1)
 
 
 def input_scores(pooled: Tensor, *routers: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class RoutingScope:
                     return pooled
         pooled = pooled_input(x, weights)
         if segments is not None:
-            pooled = segments.of_rows(pooled)
+            pooled = segments.on(x.device).of_rows(pooled)
         if shares:
             self._last_pooled = weakref.ref(given), key, pooled
         return pooled

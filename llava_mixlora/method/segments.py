@@ -10,6 +10,8 @@ Rows have different numbers of segments, so there are G of them in a batch, in o
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,19 @@ class Segments:
         self._owner = self._owner.to(device)
         self._place = filled.flatten().nonzero().flatten().to(device)  # int64 [B·S], where a position is in the chunks
         self._count, self._lengths = len(real), [lengths[cell] for cell in real]
+        self._elsewhere: dict[torch.device, Segments] = {}
+
+    def on(self, device: torch.device) -> Segments:
+        """The same on the device of a layer, which in a model on several devices may be another than its inputs'."""
+        if device == self.real.device:
+            return self
+        if device not in self._elsewhere:
+            moved = copy.copy(self)
+            for name, value in vars(self).items():
+                if isinstance(value, Tensor):
+                    setattr(moved, name, value.to(device))
+            self._elsewhere[device] = moved
+        return self._elsewhere[device]
 
     def __len__(self) -> int:
         return self._count

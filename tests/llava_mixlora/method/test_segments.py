@@ -95,6 +95,17 @@ def test_every_position_meets_the_core_of_its_segment(rows, masked, seed):
     assert torch.equal(segments.row, torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([*map(len, rows)])))
 
 
+def test_segments_follow_a_layer_to_its_device():
+    """A model may lie on several; the device without storage stands for another one here."""
+    segments, elsewhere = Segments(torch.tensor([[0, 0, 1], [0, 1, 1]])), torch.device("meta")
+    moved = segments.on(elsewhere)
+    assert moved is segments.on(elsewhere) and segments.on(segments.real.device) is segments
+    z, cores = torch.zeros(2, 3, 5, device=elsewhere), torch.zeros(4, 5, 5, device=elsewhere)
+    assert moved.apply(z, cores).shape == z.shape
+    assert moved.grams(z, None).shape == cores.shape
+    assert moved.of_rows(torch.zeros(2, 2, 7, device=elsewhere)).shape == (4, 7)
+
+
 def test_turns_begin_behind_answers_and_average_all_before_their_own():
     answered = torch.tensor([[0, 0, 1, 1, 0, 1, 0, 0], [0, 0, 0, 1, 0, 1, 1, 0]]).bool()
     attended = torch.tensor([[1] * 7 + [0], [0] + [1] * 7]).bool()
