@@ -5,9 +5,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from llava_mixlora import MixLoraConfig
+from llava_mixlora import MixLoraConfig, known_prompt
 
-from ..tiny import layers, random_ids, randomise
+from ..tiny import layers, message_of, random_ids, randomise
 
 IMAGE, IGNORE = -200, -100
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -125,3 +125,32 @@ def test_text_without_an_image_is_routed_too(llava):
     ids, mask = random_ids(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     together = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(together[0, :4], model(input_ids=ids[:1, :4]).logits[0], **CLOSE)
+
+
+def test_conversation_about_an_image_is_answered_as_it_was_trained(llava, instances):
+    """The second question's prompt quotes the first answer, in training by its labels and here by a mask."""
+    rows, images = instances
+    model = adapt(llava)
+    first, question, second = random_ids(2, seed=7), random_ids(4, seed=8), random_ids(3, seed=9)
+    history = torch.cat([rows[0], first, question])[None]
+    answers = torch.zeros_like(history, dtype=torch.bool)
+    answers[:, len(rows[0]) : len(rows[0]) + 2] = True
+    ids = torch.cat([history, second[None]], dim=1)
+    labels = torch.where(nn.functional.pad(answers, (0, 3), value=True), ids, IGNORE)
+    trained = model(input_ids=ids, labels=labels, images=images[:1]).logits[:, : history.shape[1] + 3]
+    with known_prompt(answers=answers):
+        fresh = model(input_ids=history, images=images[:1]).logits
+        torch.testing.assert_close(fresh, trained, **CLOSE)
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        cached = model.generate(inputs=history, images=images[:1], **options)
+        assert torch.equal(model.generate(inputs=history, images=images[:1], use_cache=False, **options), cached)
+    assert not torch.allclose(model(input_ids=history, images=images[:1]).logits, fresh, atol=1e-3)
+
+
+def test_mask_that_does_not_fit_the_tokens_is_refused_in_one_line(llava, instances):
+    rows, images = instances
+    model = adapt(llava)
+    with known_prompt(prompt=torch.ones(1, 2, dtype=torch.bool)):
+        for call, name in ((model, "input_ids"), (model.generate, "inputs")):
+            message = message_of(call, **{name: rows[0][None]}, images=images[:1])
+            assert "(1, 2)" in message and "one value for each" in message

@@ -55,6 +55,7 @@ def test_flags_become_the_configuration(parse):
 
 def test_balance_loss_weight_is_a_flag(parse):
     assert parse("--mixlora_enable", "--mixlora_balance_loss_weight", "0.5").mixlora_config().balance_loss_weight == 0.5
+    assert parse("--mixlora_enable", "--mixlora_unknown_prompt", "error").mixlora_config().unknown_prompt == "error"
     with pytest.raises(MixLoraError, match="leaves none to train"):
         parse("--mixlora_enable", "--mixlora_preset", "paper", "--mixlora_balance_loss_weight", "0.5")
 

@@ -1,6 +1,7 @@
 """Which positions decide a route, and which routes a generation keeps, in a whole Llama."""
 
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -13,13 +14,13 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import DynamicCache
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraConfig, MixLoraError, known_prompt
 from llava_mixlora.method import routing_scope
 from llava_mixlora.method.forward_passes import attach, current_scope, is_attached, refine
 from llava_mixlora.method.model_inputs import IGNORE_INDEX, attended_positions
 from llava_mixlora.method.routing_scope import RoutingScope
 
-from ...tiny import layers, random_ids, randomise
+from ...tiny import layers, message_of, random_ids, randomise
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 PROMPTS = [random_ids(1, length, seed=length) for length in (3, 5, 8, 6, 4, 9, 7, 10)]
@@ -102,6 +103,66 @@ def test_row_without_a_prompt_falls_back_to_what_is_attended(llama):
     expected = scores(model)
     model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORE_INDEX))
     assert torch.equal(scores(model), expected)
+
+
+class Prefixed(nn.Module):
+    """A model that sees more positions than its labels have."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, inputs_embeds, labels=None):
+        return SimpleNamespace(logits=self.proj(inputs_embeds), past_key_values=None)
+
+
+def supervised(*masks):
+    """Labels [B, 6] of which the first so many positions of each row are masked."""
+    labels = random_ids(len(masks), 6)
+    for row, masked in enumerate(masks):
+        labels[row, :masked] = IGNORE_INDEX
+    return labels
+
+
+UNKNOWN_PROMPTS = {
+    "labels taken away": (None, "labels were not passed along"),
+    "everything supervised": (supervised(0, 0), "2 of 2 answers"),
+    "all but the first position": (supervised(1, 1), "2 of 2 answers"),
+    "one row without": (supervised(3, 0), "1 of 2 answers"),
+    "labels of another shape": (supervised(3, 3)[:, :4], "not those of the sequence"),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN_PROMPTS)
+def test_training_without_a_prompt_is_told_once_or_refused(case):
+    labels, why = UNKNOWN_PROMPTS[case]
+    options = {"target_modules": ["proj"], "r": 2, "num_factors": 6}
+    model, x = get_peft_model(Prefixed(), MixLoraConfig(**options)), torch.randn(2, 6, 4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(inputs_embeds=x, labels=labels)
+    assert len(told) == 1
+    message = str(told[0].message)
+    assert why in message and "completion_only_loss" in message and "known_prompt" in message and "\n" not in message
+    strict = get_peft_model(Prefixed(), MixLoraConfig(**options, unknown_prompt="error"))
+    assert why in message_of(strict, inputs_embeds=x, labels=labels)
+    assert current_scope() is None
+
+
+@pytest.mark.parametrize("options", [{"router_scope": "sequence"}, {}, {"unknown_prompt": "error"}])
+def test_nobody_is_told_of_a_prompt_that_is_known_or_not_asked_for(options):
+    model = get_peft_model(Prefixed(), MixLoraConfig(target_modules=["proj"], r=2, num_factors=6, **options))
+    x, prompt = torch.randn(2, 6, 4), torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(inputs_embeds=x, labels=supervised(2, 4))
+        with known_prompt(prompt=prompt):
+            model(inputs_embeds=x)
+        model.eval()
+        model(inputs_embeds=x)
+        if "router_scope" in options:
+            model.train()(inputs_embeds=x)
 
 
 @pytest.mark.parametrize("router_scope", ["prompt", "sequence"])
