@@ -308,6 +308,8 @@ def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 @torch.compiler.disable
 def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     scope = _state.scope
+    if scope is None or scope.model is not model:
+        return None  # the inputs were refused before a scope was opened
     _state.scope = scope.outer
     if output is None:  # the forward pass failed
         return None

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from llava_mixlora import MixLoraConfig, MixLoraError, known_prompt
 from llava_mixlora.method import routing_scope
-from llava_mixlora.method.forward_passes import attach, current_scope, is_attached, refine
+from llava_mixlora.method.forward_passes import attach, current_scope, is_attached, refine, use_scope
 from llava_mixlora.method.model_inputs import IGNORE_INDEX, attended_positions
 from llava_mixlora.method.routing_scope import RoutingScope
 
@@ -301,6 +301,16 @@ def test_failing_forward_leaves_no_scope_behind(llama):
         model(input_ids=torch.full((1, 3), 10_000))
     assert current_scope() is None
     assert model(input_ids=random_ids(1, 3)).logits.isfinite().all()
+
+
+def test_refused_inputs_close_no_scope_but_their_own(llama):
+    model, outer = adapt(llama), RoutingScope((1, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch warns of a hook that fails after a refusal
+        for scope in (None, outer):
+            with use_scope(scope):
+                message_of(model, input_ids=random_ids(1, 6), position_ids=torch.arange(4)[None])
+                assert current_scope() is scope
 
 
 def test_interrupted_forward_leaves_no_scope_behind(llama):
