@@ -31,7 +31,7 @@ from ..errors import MixLoraError
 from .balance_loss import BalanceLoss
 from .held_routes import HeldRoutes, bind, routes_of
 from .known_prompt import KnownPrompt
-from .model_inputs import IGNORE_INDEX, attended_positions, cached_positions, sample_starts
+from .model_inputs import IGNORE_INDEX, attended_positions, cached_instances, cached_positions, sample_starts
 from .recomputation import NO_BACKWARD, Announcements, next_node, running_backward
 from .routing_scope import RoutingScope
 
@@ -404,6 +404,12 @@ def _hold(scope: RoutingScope, inputs: dict[str, Any]) -> None:
             routes = running.routes  # of a tuple that was put together anew
         scope.held = HeldRoutes() if routes is None else routes
         scope.goes_on = not isinstance(cache, tuple)
+        instances, shape = cached_instances(cache), _shape(inputs)
+        if instances is not None and shape is not None and instances != shape[0]:
+            raise MixLoraError(
+                f"a cache of {instances} instances goes on with {shape[0]}: pass as many, or repeat the cache first "
+                "(batch_repeat_interleave)"
+            )
     elif running is not None and running.cache is None:
         ids = None if _is_encoder_decoder(scope.root) else inputs.get("input_ids")
         scope.held = running.begun_with(ids)

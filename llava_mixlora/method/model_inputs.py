@@ -43,6 +43,13 @@ def cached_positions(cache: Any) -> int:
     return cache.shape[2] if isinstance(cache, Tensor) and cache.ndim == 4 else 0
 
 
+def cached_instances(cache: Any) -> int | None:
+    """How many instances a transformers cache holds; None where it cannot tell."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else next(iter(getattr(cache, "key_cache", ())), None)
+    return len(keys) if isinstance(keys, Tensor) and keys.ndim == 4 else None
+
+
 def sample_starts(inputs: dict[str, Any], shape: tuple[int, int], attended: Tensor | None) -> Tensor | None:
     """Where the samples of packed rows begin, bool [B, S]; None where nothing speaks of packing.
 

@@ -539,6 +539,14 @@ def test_generation_that_changes_its_batch_is_refused(llama):
 
 
 @changes_in_place
+def test_cache_of_fewer_instances_is_refused_in_one_line(llama):
+    model = adapt(llama)
+    cache = model(input_ids=random_ids(1, 4), use_cache=True).past_key_values
+    message = message_of(model, input_ids=random_ids(2, 1), past_key_values=cache)
+    assert "1 instances goes on with 2" in message
+
+
+@changes_in_place
 def test_repeated_cache_repeats_its_routes(llama):
     model = adapt(llama)
     following = random_ids(2, 1, seed=3)
