@@ -22,27 +22,31 @@ def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..
         answers = known_answers()
         call = inspect.signature(original).bind(self, *args, **kwargs)
         token_ids, labels = call.arguments["input_ids"], call.arguments["labels"]
-        fits = answers is not None and token_ids.shape == answers.shape
-        if fits:
-            # Labels are what takes a mask of the tokens along to where image features have made room for themselves.
-            call.arguments["labels"] = torch.where(answers.to(token_ids.device), token_ids, IGNORE_INDEX)
-        prepared = original(*call.args, **call.kwargs)
-        *others, attention_mask, cache, embeddings, refined = prepared
+        # Upstream only moves labels along with their tokens, and fills in IGNORE_INDEX at image features and padding.
+        # So places in their stead come back as the place that each position of the new sequence comes from.
+        call.arguments["labels"] = torch.arange(token_ids.shape[1], device=token_ids.device).expand(token_ids.shape)
+        *others, attention_mask, cache, embeddings, places = original(*call.args, **call.kwargs)
         if embeddings is None:
             return (*others, attention_mask, cache, embeddings, labels)
-        if answers is not None and not fits:
+        if answers is not None and token_ids.shape != answers.shape:
             raise MixLoraError(
                 f"known_prompt: a mask of shape {tuple(answers.shape)} for token ids of shape "
                 f"{tuple(token_ids.shape)}: expected one value for each token, one for an image"
             )
-        refine(attention_mask, refined, embeddings)
-        if not fits:
-            return prepared
-        if labels is not None:
-            return original(self, *args, **kwargs)
-        return (*others, attention_mask, cache, embeddings, None)
+        told = labels if answers is None else torch.where(answers.to(token_ids.device), token_ids, IGNORE_INDEX)
+        # Padding is a position of no token too; routers leave it out by the mask.
+        refine(attention_mask, _moved(told, places), embeddings, images=places == IGNORE_INDEX)
+        return (*others, attention_mask, cache, embeddings, _moved(labels, places))
 
     return prepare_inputs_labels_for_multimodal
+
+
+def _moved(labels: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor | None:
+    """Labels [B, tokens] in the new sequence [B, S], whose positions come from `places`, or from no token."""
+    if labels is None:
+        return None
+    moved = labels.gather(1, places.clamp(min=0))
+    return moved.masked_fill(places == IGNORE_INDEX, IGNORE_INDEX)
 
 
 PATCHES = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -14,13 +15,20 @@ from .registration import MIXLORA, PeftConfig
 
 ROUTINGS = ("ifs_cfs", "ifs", "random")
 ROUTER_GRADIENTS = ("straight_through", "none")
-ROUTER_SCOPES = ("prompt", "sequence")
+ROUTER_INITS = ("uniform", "zero")
+ROUTER_SCOPES = ("prompt", "sequence", "instruction")
+ROUTER_INPUTS = ("hidden", "words")
+PAIRINGS = ("rank", "same")
 DECODE_ROUTINGS = ("prefill", "step")
+CFS_FORMS = ("weights", "table")
 CFS_PRODUCTS = ("inner", "sums")
 UNKNOWN_PROMPTS = ("warn", "error")
 BIASES = ("none", "all", "mixlora_only")
-FORMAT_VERSION = 1
-"""Raised when an adapter can no longer be read correctly by the versions of this package before it."""
+FORMAT_VERSION = 2
+"""Raised when an adapter can no longer be read correctly by the versions of this package before it.
+
+1: pairing by rank, routers on hidden states of the prompt or the sequence, W_AB. 2: the further forms.
+"""
 
 
 @dataclass
@@ -38,12 +46,21 @@ class MixLoraConfig(PeftConfig):
     num_factors: int = field(default=16, metadata={"help": "Rank-one factors in each of the pools A and B (E)."})
     lora_alpha: float = field(default=32, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of pool A, in [0, 1)."})
-    routing: Literal["ifs_cfs", "ifs", "random"] = field(
-        default="ifs_cfs",
+    pairing: Literal["rank", "same"] = field(
+        default="rank",
+        metadata={
+            "help": "How chosen factors of the two pools meet. 'rank': two routers choose, and the j-th chosen A "
+            "factor meets the j-th chosen B factor (the paper). 'same': one router chooses, and factor e of pool A "
+            "meets factor e of pool B; fewer parameters, and pairs that last."
+        },
+    )
+    routing: Literal["ifs_cfs", "ifs", "random"] | None = field(
+        default=None,
         metadata={
             "help": "'ifs': both routers look at the instance (the authors' cond_type=input). 'ifs_cfs': router B also "
             "looks at the chosen A factors (the authors' input_lora_a_param). 'random': the control without routers; a "
-            "fresh draw per instance in training, one fixed draw per layer in evaluation."
+            "fresh draw per instance in training, one fixed draw per layer in evaluation. Default: 'ifs_cfs', with "
+            "pairing='same', which has no router B, 'ifs'."
         },
     )
     router_gradient: Literal["straight_through", "none"] = field(
@@ -53,12 +70,27 @@ class MixLoraConfig(PeftConfig):
             "authors' released code does."
         },
     )
-    router_scope: Literal["prompt", "sequence"] = field(
+    router_init: Literal["uniform", "zero"] = field(
+        default="uniform",
+        metadata={
+            "help": "How routers start. 'uniform': as LoRA's A, so routes differ from the first step. 'zero': every "
+            "instance starts on the same route."
+        },
+    )
+    router_scope: Literal["prompt", "sequence", "instruction"] = field(
         default="prompt",
         metadata={
             "help": "Positions that the routers average. 'prompt': attended positions before the supervised labels of "
-            "an answer, for each answer of a conversation (without labels, every attended position). 'sequence': every "
-            "attended position. Samples that are packed into one row are averaged apart."
+            "an answer, for each answer of a conversation (without labels, every attended position). 'instruction': of "
+            "those the text of the question that is answered, without image features and earlier turns. 'sequence': "
+            "every attended position. Samples that are packed into one row are averaged apart."
+        },
+    )
+    router_input: Literal["hidden", "words"] = field(
+        default="hidden",
+        metadata={
+            "help": "What routers average. 'hidden': each layer's own input (the paper). 'words': the text's input "
+            "embeddings, centred by their mean over training, the same in every layer."
         },
     )
     count_padding: bool = field(
@@ -79,6 +111,16 @@ class MixLoraConfig(PeftConfig):
             "stops."
         },
     )
+    cfs: Literal["weights", "table"] = field(
+        default="weights",
+        metadata={
+            "help": "What CFS trains. 'weights': W_AB [r, E, d_in] (the paper). 'table': the r*E*E scores that are all "
+            "of W_AB that routes depend on."
+        },
+    )
+    cfs_temperature: float = field(
+        default=1.0, metadata={"help": "CFS's scores are divided by it before each softmax; below 1 they decide more."}
+    )
     cfs_product: Literal["inner", "sums"] = field(
         default="inner",
         metadata={
@@ -92,6 +134,17 @@ class MixLoraConfig(PeftConfig):
             "help": "Weight of a term that is added to the loss in training and favours routers which use all factors "
             "alike (Switch Transformers' load-balancing loss); 0 leaves it out."
         },
+    )
+    task_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "For data with task labels: in training each task's instances take a fixed subset of r factors, "
+            "and minus the mean log probability that the router gives it joins the loss with this weight; at inference "
+            "the router alone decides. 0 leaves it out."
+        },
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Names of the tasks of task_loss_weight; their order tells their subsets."}
     )
     bias: Literal["none", "all", "mixlora_only"] = field(
         default="none", metadata={"help": "Biases to train: none, all, or those of the adapted layers."}
@@ -125,9 +178,12 @@ class MixLoraConfig(PeftConfig):
         default=True,
         metadata={"help": "Start with pool B at zero (no effect). False draws pool B at random; meant for tests."},
     )
-    format_version: int = field(
-        default=FORMAT_VERSION,
-        metadata={"help": "Version of the saved adapter's format; an adapter of a later one than is known is refused."},
+    format_version: int | None = field(
+        default=None,
+        metadata={
+            "help": "Version of the saved adapter's format, the lowest that can express it; an adapter of a later one "
+            "than is known is refused."
+        },
     )
 
     training_record: ClassVar[TrainingRecord | None] = None
@@ -136,8 +192,11 @@ class MixLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MIXLORA
+        if self.routing is None:
+            self.routing = "ifs_cfs" if self.pairing == "rank" else "ifs"
         self._check_format()
         self._check_values()
+        self.format_version = max(self.format_version or 1, 2 if self._has_further_forms() else 1)
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -150,6 +209,7 @@ class MixLoraConfig(PeftConfig):
         `overrides` are further fields, or other values for those that this preset sets.
         """
         released = {
+            "pairing": "rank",
             "router_gradient": "none",
             "router_scope": "sequence",
             "count_padding": True,
@@ -157,6 +217,24 @@ class MixLoraConfig(PeftConfig):
             "cfs_product": "sums",
         }
         return cls(**{**released, **overrides})
+
+    @classmethod
+    def paper_formulas(cls, **overrides: Any) -> MixLoraConfig:
+        """What the paper writes (section 3) where its code differs: trained routers, CFS by inner products.
+
+        Routers average the whole sequence; in training that holds the answer, so routes are not those of inference.
+        `overrides` as in [`paper`](MixLoraConfig.paper).
+        """
+        written = {
+            "pairing": "rank",
+            "routing": "ifs_cfs",
+            "router_gradient": "straight_through",
+            "router_scope": "sequence",
+            "router_input": "hidden",
+            "cfs": "weights",
+            "cfs_product": "inner",
+        }
+        return cls(**{**written, **overrides})
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write `adapter_config.json` and, beside an adapter that `PeftModel.save_pretrained` has saved, its card."""
@@ -172,7 +250,8 @@ class MixLoraConfig(PeftConfig):
         return _first_match(self.alpha_pattern, layer, self.lora_alpha)
 
     def _check_format(self) -> None:
-        if not isinstance(self.format_version, int) or self.format_version > FORMAT_VERSION:
+        known = self.format_version is None or isinstance(self.format_version, int)
+        if not known or (self.format_version or 1) > FORMAT_VERSION:
             raise MixLoraError(
                 f"format_version={self.format_version!r}: saved by a newer llava-mixlora; llava-mixlora "
                 f"{version('llava-mixlora')}, installed here, reads formats up to {FORMAT_VERSION}; upgrade it"
@@ -192,12 +271,15 @@ class MixLoraConfig(PeftConfig):
                 )
         if not 0.0 <= self.lora_dropout < 1.0:
             raise MixLoraError(f"lora_dropout={self.lora_dropout!r}: expected a number in [0, 1)")
-        self._check_balance()
         choices = {
+            "pairing": PAIRINGS,
             "routing": ROUTINGS,
             "router_gradient": ROUTER_GRADIENTS,
+            "router_init": ROUTER_INITS,
             "router_scope": ROUTER_SCOPES,
+            "router_input": ROUTER_INPUTS,
             "decode_routing": DECODE_ROUTINGS,
+            "cfs": CFS_FORMS,
             "cfs_product": CFS_PRODUCTS,
             "unknown_prompt": UNKNOWN_PROMPTS,
             "bias": BIASES,
@@ -205,6 +287,9 @@ class MixLoraConfig(PeftConfig):
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise MixLoraError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, known))}")
+        self._check_router_losses()
+        self._check_tasks(ranks)
+        self._check_forms()
         for name in ("target_modules", "exclude_modules"):
             pattern = getattr(self, name)
             if isinstance(pattern, str):
@@ -222,16 +307,78 @@ class MixLoraConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} has no meaning without layers_to_transform; set both or none"
             )
 
-    def _check_balance(self) -> None:
-        weight = self.balance_loss_weight
-        if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise MixLoraError(f"balance_loss_weight={weight!r}: expected a number of at least 0")
-        if weight > 0 and (self.router_gradient == "none" or self.routing == "random"):
-            what = "router_gradient='none'" if self.router_gradient == "none" else "routing='random'"
+    def _has_further_forms(self) -> bool:
+        """Whether the adapter does what format 1 has no words for."""
+        return (
+            self.pairing != "rank"
+            or self.router_scope == "instruction"
+            or self.router_input != "hidden"
+            or self.cfs != "weights"
+            or self.cfs_temperature != 1
+        )
+
+    def _check_router_losses(self) -> None:
+        for name in ("balance_loss_weight", "task_loss_weight"):
+            weight = getattr(self, name)
+            if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+                raise MixLoraError(f"{name}={weight!r}: expected a number of at least 0")
+            if weight > 0 and (self.router_gradient == "none" or self.routing == "random"):
+                what = "router_gradient='none'" if self.router_gradient == "none" else "routing='random'"
+                raise MixLoraError(
+                    f"{name}={weight!r} trains the routers, but {what} leaves none to train; set it to 0 or choose "
+                    "another"
+                )
+
+    def _check_tasks(self, ranks: dict[str, int]) -> None:
+        weight, tasks = self.task_loss_weight, self.tasks
+        if tasks is not None and (
+            not isinstance(tasks, (list, tuple))
+            or not all(isinstance(task, str) and task for task in tasks)
+            or len(set(tasks)) != len(tasks)
+        ):
+            raise MixLoraError(f"tasks={tasks!r}: expected a list of different names")
+        if weight == 0:
+            return
+        if not tasks:
             raise MixLoraError(
-                f"balance_loss_weight={weight!r} trains the routers, but {what} leaves none to train; set it to 0 or "
-                "choose another"
+                f"task_loss_weight={weight!r} needs to know the tasks; name those of the data, tasks=['vqa', ...], or "
+                "set it to 0"
             )
+        if self.routing == "ifs_cfs":
+            raise MixLoraError(
+                f"task_loss_weight={weight!r}: with routing='ifs_cfs' what chooses B factors is no probability that "
+                "could learn a task's; use routing='ifs', or pairing='same'"
+            )
+        for name, rank in ranks.items():
+            if (subsets := math.comb(self.num_factors, rank)) < len(tasks):
+                raise MixLoraError(
+                    f"tasks: {len(tasks)} of them, but {name}={rank} of num_factors={self.num_factors} makes only "
+                    f"{subsets} different subsets; raise num_factors, or set task_loss_weight=0"
+                )
+
+    def _check_forms(self) -> None:
+        """Refuse forms that contradict each other."""
+        temperature = self.cfs_temperature
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+            raise MixLoraError(f"cfs_temperature={temperature!r}: expected a number above 0")
+        if self.pairing == "same" and self.routing == "ifs_cfs":
+            raise MixLoraError(
+                "routing='ifs_cfs' chooses B factors by the A factors, but pairing='same' chooses both at once; use "
+                "routing='ifs', or pairing='rank'"
+            )
+        if self.routing != "ifs_cfs" and (self.cfs != "weights" or temperature != 1):
+            what = f"cfs={self.cfs!r}" if self.cfs != "weights" else f"cfs_temperature={temperature!r}"
+            raise MixLoraError(f"{what} has no meaning with routing={self.routing!r}; use routing='ifs_cfs'")
+        if self.cfs == "table" and self.cfs_product != "inner":
+            raise MixLoraError(
+                f"cfs_product={self.cfs_product!r} makes the table of CFS from W_AB, but cfs='table' trains the table "
+                "itself; leave one of them out"
+            )
+        if self.count_padding and (self.router_scope == "instruction" or self.router_input == "words"):
+            what = "router_scope='instruction'" if self.router_scope == "instruction" else "router_input='words'"
+            raise MixLoraError(f"count_padding=True averages padding, and {what} text alone; leave one of them out")
+        if self.router_input == "words" and self.routing == "random":
+            raise MixLoraError("router_input='words' has no meaning with routing='random', which has no routers")
 
 
 def _first_match(patterns: dict[str, Any], layer: str, default: Any) -> Any:

@@ -28,12 +28,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import MixLoraError
-from .balance_loss import BalanceLoss
 from .held_routes import HeldRoutes, bind, routes_of
 from .known_prompt import KnownPrompt
-from .model_inputs import IGNORE_INDEX, attended_positions, cached_instances, cached_positions, sample_starts
+from .model_inputs import (
+    IGNORE_INDEX,
+    attended_positions,
+    cached_instances,
+    cached_positions,
+    image_positions,
+    sample_starts,
+)
 from .recomputation import NO_BACKWARD, Announcements, next_node, running_backward
+from .router_loss import RouterLoss
 from .routing_scope import RoutingScope
+from .word_centre import input_embeddings
+
+TASKS = "mixlora_tasks"
+"""What a batch calls the numbers of its instances' tasks, int64 [B]; the adapted model takes it, its base does not."""
 
 
 class _Generation:
@@ -46,6 +57,7 @@ class _Generation:
         self.cache: Any = None  # what its first forward pass filled
         self.begun: list[tuple[Tensor, HeldRoutes]] = []  # forward passes without a cache: token ids, and routes
         self.known: KnownPrompt | None = None  # of the sequence that the prompt became on its way into the model
+        self.images: Tensor | None = None  # bool [B, S], where that sequence has image features
 
     def begun_with(self, ids: Any) -> HeldRoutes:
         """The routes of a forward pass of token ids [B, S] without a cache: those of an earlier one that they continue.
@@ -74,6 +86,8 @@ _state = _ThreadState()
 _announcements: Announcements[RoutingScope] = Announcements()
 _parts: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 """The [`_models_inside`] of adapted models."""
+_averages: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, bool]]] = weakref.WeakKeyDictionary()
+"""Of adapted models, the router scopes of their adapters, and whether these average text alone."""
 
 
 def current_scope() -> RoutingScope | None:
@@ -162,10 +176,13 @@ def known_answers() -> Tensor | None:
     return known.answers if known.answers is not None else ~known.prompt
 
 
-def refine(attention_mask: Tensor | None, labels: Tensor | None, embeddings: Tensor) -> None:
+def refine(
+    attention_mask: Tensor | None, labels: Tensor | None, embeddings: Tensor, images: Tensor | None = None
+) -> None:
     """Tell the running forward pass what its sequence has become: `embeddings` [B, S, d] with its mask and labels.
 
-    While the caller knows the prompt (see [`known_answers`]), `labels` are those answers in the new sequence.
+    While the caller knows the prompt (see [`known_answers`]), `labels` are those answers in the new sequence. `images`:
+    bool [B, S], True at image features.
     """
     scope, running, known = _state.scope, _state.generation, _state.known
     answered = labels != IGNORE_INDEX if isinstance(labels, Tensor) else None
@@ -175,10 +192,20 @@ def refine(attention_mask: Tensor | None, labels: Tensor | None, embeddings: Ten
     if scope is not None:
         shape = tuple(embeddings.shape[:2])
         attended = attended_positions(attention_mask, shape)
-        scope.set_positions(shape, attended, answered, prompt=prompt, rest_is_asked=known is not None)
+        scope.set_positions(shape, attended, answered, prompt=prompt, rest_is_asked=known is not None, images=images)
+        scope.see_words(embeddings)
     elif running is not None:
         running.prompt_length = embeddings.shape[1]
         running.known = None if known is None else KnownPrompt(prompt, answered)
+        running.images = images
+
+
+def scope_of_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> RoutingScope:
+    """The scope of a forward pass of an adapted model that is not run, of prompts [B, S]."""
+    scope = RoutingScope()
+    scope.model = scope.root = model
+    _read_inputs(scope, {"input_ids": input_ids, "attention_mask": attention_mask}, None)
+    return scope
 
 
 @contextmanager
@@ -191,11 +218,17 @@ def named_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         _state.named = outer
 
 
-def attach(model: nn.Module) -> None:
+def attach(model: nn.Module, router_scope: str = "prompt", router_input: str = "hidden") -> None:
     """Open a scope around every forward pass of `model`, and make its `generate` one generation.
 
-    The second time, it only looks for further models inside of `model` that have adapted layers.
+    The second time, it only looks for further models inside of `model` that have adapted layers, and takes in what
+    another adapter's routers average.
     """
+    words = router_input == "words"
+    _averages.setdefault(model, set()).add((router_scope, words or router_scope == "instruction"))
+    embeddings = input_embeddings(model) if words else None
+    if embeddings is not None and _see_words not in embeddings._forward_hooks.values():
+        embeddings.register_forward_hook(_see_words)
     if not is_attached(model):
         model.register_forward_pre_hook(_open_scope, with_kwargs=True)
         model.register_forward_hook(_close_scope, with_kwargs=True, always_call=True)
@@ -221,11 +254,22 @@ def detach(model: nn.Module) -> None:
         for key in [key for key, hook in module._forward_hooks.items() if hook in (_close_scope, _leave_part)]:
             del module._forward_hooks[key], module._forward_hooks_with_kwargs[key]
             del module._forward_hooks_always_called[key]
+    embeddings = input_embeddings(model)
+    if embeddings is not None:
+        for key in [key for key, hook in embeddings._forward_hooks.items() if hook is _see_words]:
+            del embeddings._forward_hooks[key]
     generate = model.__dict__.get("generate")
     if isinstance(generate, _OneGeneration):
         del model.generate
         if generate.of_instance is not None:
             model.generate = generate.of_instance
+
+
+@torch.compiler.disable
+def _see_words(module: nn.Module, args: tuple[Any, ...], embeddings: Any) -> None:
+    scope = _state.scope
+    if scope is not None and isinstance(embeddings, Tensor) and embeddings.ndim == 3:
+        scope.see_words(embeddings)
 
 
 def _parts_of(root: nn.Module) -> weakref.WeakSet[nn.Module]:
@@ -282,17 +326,22 @@ def _prompt_length(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 @torch.compiler.disable
-def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _open_scope(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     outer = _state.scope
     while outer is not None and outer.root is model:
         outer = outer.outer  # left behind by a KeyboardInterrupt, for which PyTorch calls no hook
-    inputs = _named_inputs(model, args, kwargs)
+    tasks = kwargs.get(TASKS)
+    given = {name: value for name, value in kwargs.items() if name != TASKS}
+    inputs = _named_inputs(model, args, given)
     scope = RoutingScope()
     scope.model = scope.root = model
+    scope.tasks = tasks
     scope.outer, scope.backward, scope.first_node = outer, running_backward(), next_node()
     scope.trains = model.training and torch.is_grad_enabled()
     if scope.trains:
-        scope.balance = BalanceLoss(_share_of_loss(inputs))
+        scope.router_loss = RouterLoss(_share_of_loss(inputs))
     _hold(scope, inputs)
     if _is_encoder_decoder(model):
         scope.labels = inputs.get("labels")
@@ -303,6 +352,7 @@ def _open_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         _read_inputs(scope, inputs, inputs.get("labels"))
     _name_adapters(scope, inputs)
     _state.scope = scope
+    return (args, given) if TASKS in kwargs else None
 
 
 @torch.compiler.disable
@@ -311,6 +361,7 @@ def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if scope is None or scope.model is not model:
         return None  # the inputs were refused before a scope was opened
     _state.scope = scope.outer
+    scope.forget_words()
     if output is None:  # the forward pass failed
         return None
     cache = getattr(output, "past_key_values", None)
@@ -325,26 +376,28 @@ def _close_scope(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         if running is not None and cache is None and scope.begins is not None:
             running.begun.append((scope.begins, routes))
     scope.statistics.add()
-    if scope.balance.terms:
-        output = scope.balance.add_to(output)
+    scope.add_words()
+    if scope.router_loss.terms:
+        output = scope.router_loss.add_to(output)
     if torch.is_grad_enabled():
         _announcements.follow(output, scope, scope.whole, scope.first_node)
     return output
 
 
 @torch.compiler.disable
-def _enter_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _enter_part(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     scope = _state.scope
     if scope is None and running_backward() != NO_BACKWARD:
-        return  # a checkpoint around the whole module: its layers find the scope that it has run under
+        return None  # a checkpoint around the whole module: its layers find the scope that it has run under
     inputs = _named_inputs(module, args, kwargs)
     if scope is None or module not in _parts_of(scope.root):
-        _open_scope(module, args, kwargs)
-        return
+        return _open_scope(module, args, kwargs)
     shape = _shape(inputs)
     if shape is None or (shape == scope.shape and not _is_encoder_decoder(scope.root)):
-        scope.settle()
-        return
+        scope.settle(_averages.get(scope.root, ()))
+        return None
     part = scope.part()
     part.model, part.first_node = module, next_node()
     if _is_encoder_decoder(scope.root):
@@ -357,6 +410,7 @@ def _enter_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         part.memory = states, memory
     _read_inputs(part, inputs, _shifted(scope.whole.labels) if part.role == "decoder" else None)
     _state.scope = part
+    return None
 
 
 @torch.compiler.disable
@@ -367,6 +421,7 @@ def _leave_part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if scope.root is module:
         return _close_scope(module, args, kwargs, output)
     _state.scope = scope.outer
+    scope.forget_words()
     if output is not None and torch.is_grad_enabled():
         _announcements.follow(output, scope, scope.whole, scope.first_node)
     return None
@@ -452,7 +507,22 @@ def _read_inputs(scope: RoutingScope, inputs: dict[str, Any], labels: Any) -> No
                 f"generate() was given {given} positions and begins with {shape[1]} of them: routes are those of the "
                 "whole prompt, so pass it at once"
             )
-    scope.set_positions(shape, attended, answered, starts, prompt, given, rest_is_asked=known is not None)
+    images, images_unknown = _images(scope, inputs, shape)
+    if prompt is not None:
+        images_unknown = None  # the caller has said exactly what is averaged
+    scope.set_positions(shape, attended, answered, starts, prompt, given, known is not None, images, images_unknown)
+    if isinstance(embeddings := inputs.get("inputs_embeds"), Tensor):
+        scope.see_words(embeddings)
+
+
+def _images(scope: RoutingScope, inputs: dict[str, Any], shape: tuple[int, int]) -> tuple[Tensor | None, str | None]:
+    """Where image features stand, or why that is not known, of a sequence that a model is given."""
+    running = _state.generation
+    told = None if running is None or inputs.get("input_ids") is not None else running.images
+    if told is None:
+        return image_positions(scope.model, inputs, shape)
+    told = told.repeat_interleave(max(1, shape[0] // len(told)), dim=0)
+    return nn.functional.pad(told, (0, shape[1] - told.shape[1])), None
 
 
 def _name_adapters(scope: RoutingScope, inputs: dict[str, Any]) -> None:

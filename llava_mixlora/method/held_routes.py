@@ -22,7 +22,7 @@ _of_tuples: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 @dataclass(frozen=True)
 class HeldRoutes:
-    """Cores by layer and adapter, [G, E, E] of the G segments of a prompt's B rows.
+    """Cores by layer and adapter, [G, E, E] (or gates, [G, E]) of the G segments of a prompt's B rows.
 
     `last`: int64 [B], the segment that each row ends with, and whose core all that follows keeps; None where G = B.
     Never changed, only replaced, so copies of a cache share them.

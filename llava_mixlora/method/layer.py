@@ -6,6 +6,7 @@ import math
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +15,29 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..errors import MixLoraError
-from .balance_loss import load_balance
 from .config import MixLoraConfig
 from .forward_passes import scope_of_layer
 from .layer_merging import MergeableLayer
 from .layer_settings import LayerSettings
-from .mixture import Route, core, pooled_input, route_at_random, route_by_input, update_of
+from .mixture import (
+    Route,
+    conditional_scores,
+    conditional_scores_by_table,
+    conditional_table,
+    core,
+    full_core,
+    gates,
+    pooled_input,
+    route_at_random,
+    route_by_input,
+    update_of,
+)
 from .offloading import bring_back
 from .registration import BaseTunerLayer
+from .router_loss import load_balance
 from .routing_scope import RoutingScope
 from .segments import Segments
+from .task_subsets import task_loss, task_subsets
 from .training_statistics import Statistics
 
 Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -33,7 +47,7 @@ Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None]
 class _Routed(NamedTuple):
     """What an adapter does with x: x as instances [B, S, d_in] in the dtype that it computes in, and their cores.
 
-    `cores` [B, E, E], or [G, E, E] of the `segments` of the rows.
+    `cores` [B, E, E], or [G, E, E] of the `segments` of the rows; with `pairing="same"` gates [B or G, E].
     """
 
     adapter: str
@@ -47,7 +61,9 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
 
     The base layer is only ever called, so how it stores its weight (float, 4-bit, 8-bit, ...) does not matter.
     Parameters by adapter name: `mixlora_A` [E, d_in], `mixlora_B` [E, d_out], `mixlora_router_A` and
-    `mixlora_router_B` [E, d_in] (not with `routing="random"`), `mixlora_cfs` [r, E, d_in] (only with `"ifs_cfs"`).
+    `mixlora_router_B` [E, d_in] (not with `routing="random"`; `pairing="same"` has no router B; with
+    `router_input="words"` of the width of the model's word vectors), `mixlora_cfs` [r, E, d_in] (only with `"ifs_cfs"`;
+    [r, E, E] with `cfs="table"`).
     Buffer by adapter name: `mixlora_stats_usage` int64 [2, E], how many training instances chose each factor of pool A
     and of pool B. `mixlora_stats_moments` [4, E, E], what a static stand-in for the update is made from, summed over
     what was seen in training: see [`moments`](MergeableLayer.moments). Every process sums its own, and
@@ -71,6 +87,7 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         "last_routes",
         "mixlora_stats_usage",
         "mixlora_stats_moments",
+        "mixlora_task_subsets",
     )
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: MixLoraConfig, settings: LayerSettings):
@@ -85,10 +102,12 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         self.mixlora_dropout = nn.ModuleDict()
         self.mixlora_stats_usage = BufferDict(persistent=True)
         self.mixlora_stats_moments = BufferDict(persistent=True)
+        self.mixlora_task_subsets = BufferDict(persistent=False)
         self.settings: dict[str, LayerSettings] = {}
         self.r: dict[str, int] = {}
         self.num_factors: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self._cfs_tables: dict[str, tuple[Any, Tensor]] = {}  # of inference, with what they were made from
         self.last_routes: dict[str, Route | None] = {}  # None, or compiled graphs would not outlast the first route
         self.observer: Observer | None = None
         self.identity = uuid.uuid4().hex  # of its routes in a cache; copies share it, as they share the weights
@@ -118,11 +137,19 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         # Whole numbers, which no cast of the model to another float type touches.
         self.mixlora_stats_usage[adapter_name] = torch.zeros(2, E, dtype=torch.int64)
         self.mixlora_stats_moments[adapter_name] = torch.zeros(4, E, E, dtype=torch.int64)
+        self._cfs_tables.pop(adapter_name, None)
         if settings.routing != "random":
-            self.mixlora_router_A[adapter_name] = _uniform(E, d_in)
-            self.mixlora_router_B[adapter_name] = _uniform(E, d_in)
+            width = d_in if settings.router_width is None else settings.router_width
+            routers = [self.mixlora_router_A, *([self.mixlora_router_B] if settings.pairing == "rank" else [])]
+            for router in routers:
+                router[adapter_name] = (
+                    nn.Parameter(torch.zeros(E, width)) if config.router_init == "zero" else _uniform(E, width)
+                )
         if settings.routing == "ifs_cfs":
-            self.mixlora_cfs[adapter_name] = _uniform(settings.r, E, d_in)
+            self.mixlora_cfs[adapter_name] = _uniform(settings.r, E, E if settings.cfs == "table" else d_in)
+        if settings.task_loss_weight != 0:
+            subsets = task_subsets(settings.tasks, E, settings.r)
+            self.mixlora_task_subsets[adapter_name] = subsets.to(self.mixlora_A[adapter_name].device)
         if not settings.straight_through:
             # No gradient ever reaches them: frozen, they neither decay nor stall distributed data parallelism.
             self.frozen_peft_weight_names[adapter_name] = ("mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
@@ -198,7 +225,7 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 if segments is not None:
                     x, z, attended = segments.split(x), segments.split(z), segments.attended(attended)
-                self.observer(self, adapter, x, z, cores, attended)
+                self.observer(self, adapter, x, z, full_core(cores), attended)
 
     def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         # Worded so that what matches the messages of PEFT's LoRA matches these.
@@ -226,7 +253,8 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             # All instances are routed, since what a scope knows and holds is per instance of the whole batch.
             named = torch.tensor([name == adapter for name in adapter_names], device=x.device)
-            cores = cores * (named if segments is None else named[segments.row]).view(-1, 1, 1)
+            named = named if segments is None else named[segments.row]
+            cores = cores * named.view(-1, *[1] * (cores.ndim - 1))
         return _Routed(adapter, sequence, cores, segments)
 
     def _as_instances(self, x: Tensor, scope: RoutingScope | None) -> Tensor:
@@ -256,7 +284,7 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
     def _core(
         self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, again: bool
     ) -> tuple[Tensor, Segments | None]:
-        """The cores [B, E, E] of x [B, S, d_in], which was made from what the layer was `given`.
+        """The cores [B, E, E], or gates [B, E], of x [B, S, d_in], which was made from what the layer was `given`.
 
         Where rows have several segments the cores are theirs, [G, E, E].
         """
@@ -268,27 +296,40 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         holds = scope is not None and settings.decode_routing == "prefill" and scope.shares_instances(x)
         if holds and (held := scope.held_core(key, len(x), segments)) is not None:
             return held, segments if segments is not None and len(held) == len(segments) else None
-        if scope is not None and scope.trains and not again and settings.router_scope == "prompt":
+        if scope is not None and scope.trains and not again and settings.router_scope in ("prompt", "instruction"):
             scope.require_prompt(settings.unknown_prompt)
+        if scope is not None and settings.router_scope == "instruction" and scope.covers(x):
+            scope.require_text("router_scope='instruction'")
         with _full_precision(x):
             route = self._route(x, adapter, scope, given, segments)
             self.last_routes[adapter] = route.detach()
             dtype = torch.promote_types(self.mixlora_A[adapter].dtype, x.dtype)
-            result = core(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)
-            if self.training and settings.balance_loss_weight != 0 and scope is not None and scope.trains:
-                result = self._balanced(result, route, adapter, scope, again)
+            make = gates if settings.pairing == "same" else core
+            result = make(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)
+            if self.training and scope is not None and scope.trains and self._has_router_loss(adapter):
+                result = self._with_router_loss(result, route, adapter, scope, again)
         if holds:
             scope.hold(key, result)
         return result, segments
 
-    def _balanced(self, core: Tensor, route: Route, adapter: str, scope: RoutingScope, again: bool) -> Tensor:
-        """Let the balance term join the loss through the core; returns the core, unchanged."""
+    def _has_router_loss(self, adapter: str) -> bool:
+        settings = self.settings[adapter]
+        return settings.balance_loss_weight != 0 or settings.task_loss_weight != 0
+
+    def _with_router_loss(self, core: Tensor, route: Route, adapter: str, scope: RoutingScope, again: bool) -> Tensor:
+        """Let the layer's terms join the loss through the core; returns the core, unchanged."""
         if len(core) == 0:
             return core
-        pools = (route.score_A, route.index_A), (route.score_B, route.index_B)
-        weight = self.settings[adapter].balance_loss_weight
-        term = weight / len(pools) * sum(load_balance(score, index) for score, index in pools)
-        return scope.balance.tie(core, term, note=not again)
+        settings = self.settings[adapter]
+        pools = [(route.score_A, route.index_A)]
+        if settings.pairing == "rank":
+            pools.append((route.score_B, route.index_B))
+        terms = []
+        if settings.balance_loss_weight != 0:
+            terms += [settings.balance_loss_weight * load_balance(score, index) for score, index in pools]
+        if settings.task_loss_weight != 0:
+            terms += [settings.task_loss_weight * task_loss(score, index) for score, index in pools]
+        return scope.router_loss.tie(core, sum(terms) / len(pools), note=not again)
 
     def _route(
         self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, segments: Segments | None
@@ -297,26 +338,79 @@ class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
         if settings.routing == "random":
             instances = len(x) if segments is None else len(segments)
             if self.training:
-                return route_at_random(instances, settings.num_factors, settings.r, x.device)
+                return route_at_random(instances, settings.num_factors, settings.r, x.device, pairing=settings.pairing)
             fixed = torch.Generator().manual_seed(settings.seed)
-            route = route_at_random(1, settings.num_factors, settings.r, x.device, fixed)
+            route = route_at_random(1, settings.num_factors, settings.r, x.device, fixed, settings.pairing)
             return Route(route.index_A.expand(instances, -1), route.index_B.expand(instances, -1), None, None)
-        factors_A = self.mixlora_A[adapter]
         if not settings.straight_through:
-            x, factors_A = x.detach(), factors_A.detach()
-        if scope is None:
+            x = x.detach()
+        if settings.router_width is not None:
+            pooled = self._pooled_words(x, adapter, scope, segments)
+        elif scope is None:
             pooled = pooled_input(x, None)
         else:
             pooled = scope.pooled(x, settings.router_scope, settings.count_padding, given)
+        route = self.route_of(pooled, adapter)
+        if settings.task_loss_weight != 0 and self.training and scope is not None and scope.trains:
+            subsets = self.mixlora_task_subsets[adapter].to(x.device)
+            index = subsets[scope.require_tasks(len(x), settings.tasks, segments).to(x.device)]
+            route = Route(index, index, route.score_A, route.score_B)
+        return route
+
+    def route_of(self, pooled: Tensor, adapter: str) -> Route:
+        """What the layer's routers choose by what they see, `pooled` [B, d_in] or, with words, [B, d_model]."""
+        settings = self.settings[adapter]
         return route_by_input(
             pooled,
             self.mixlora_router_A[adapter],
-            self.mixlora_router_B[adapter],
+            self.mixlora_router_B[adapter] if settings.pairing == "rank" else None,
             settings.r,
-            factors_A,
-            self.mixlora_cfs[adapter] if settings.routing == "ifs_cfs" else None,
-            settings.cfs_product,
+            partial(self._conditional_scores, adapter) if settings.routing == "ifs_cfs" else None,
         )
+
+    def _pooled_words(self, x: Tensor, adapter: str, scope: RoutingScope | None, segments: Segments | None) -> Tensor:
+        """u of the instances of x, or of their segments, [B or G, d_model].
+
+        Raises:
+            MixLoraError: the forward pass that the layer runs in knows no words, or not of these instances.
+        """
+        words = None if scope is None else scope.words(adapter, self.settings[adapter].router_scope)
+        if words is None or len(words) != (len(x) if segments is None else len(segments)):
+            raise MixLoraError(
+                f"router_input='words': an adapted layer ({self.in_features} to {self.out_features} features) gets "
+                f"{len(x)} instances, but not the words of their instructions; call the model that was adapted, and "
+                "leave layers of other inputs (a vision tower's) out with exclude_modules"
+            )
+        scope.require_text("router_input='words'")
+        return words.to(x.device)
+
+    def _conditional_scores(self, adapter: str, index_A: Tensor) -> Tensor:
+        """p_AB [B, E]; without gradients by the table, which then depends on nothing that changes from call to call."""
+        settings, factors_A, cfs = self.settings[adapter], self.mixlora_A[adapter], self.mixlora_cfs[adapter]
+        if not settings.straight_through:
+            factors_A = factors_A.detach()
+        if settings.cfs == "table":
+            return conditional_scores_by_table(cfs, index_A, settings.cfs_temperature)
+        if self.training or torch.is_grad_enabled():
+            return conditional_scores(factors_A, cfs, index_A, settings.cfs_product, settings.cfs_temperature)
+        table = self._cfs_table(adapter, factors_A, cfs, settings.cfs_product)
+        return conditional_scores_by_table(table, index_A, settings.cfs_temperature)
+
+    def _cfs_table(self, adapter: str, factors_A: Tensor, cfs: Tensor, product: str) -> Tensor:
+        versioned = not (torch.compiler.is_compiling() or factors_A.is_inference() or cfs.is_inference())
+        if not versioned or hasattr(cfs, "ds_id"):  # DeepSpeed gathers weights anew, which counts as no change
+            return conditional_table(factors_A, cfs, product)
+        made_from = tuple((id(each), each.data_ptr(), each.device, each._version) for each in (factors_A, cfs))
+        known = self._cfs_tables.get(adapter)
+        if known is None or known[0] != made_from:
+            known = made_from, conditional_table(factors_A, cfs, product)
+            self._cfs_tables[adapter] = known
+        return known[1]
+
+    def train(self, mode: bool = True) -> MixLoraLayer:
+        """As any module's; what inference has made of weights that are about to change is forgotten."""
+        self._cfs_tables.clear()
+        return super().train(mode)
 
     def __repr__(self) -> str:
         return "mixlora." + super().__repr__()

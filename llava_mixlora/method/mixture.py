@@ -11,10 +11,18 @@ Shapes: B instances, S positions, E factors per pool, r chosen factors, d_in and
 
 C is the *core*: an E×E matrix per instance that is α/r at (idx_A[j], idx_B[j]) and zero elsewhere. So the update is a
 rank-E LoRA with a tiny per-instance matrix in the middle; no weight is gathered per token and ΔW is never built.
+
+With `pairing="same"` there is one router and one set of factors for both pools, I = top-r(softmax(R h̄)), and
+
+    Δy     = (α / r) Σ_{e∈I} b_e (a_e · x)  =  ((x Aᵀ) diag(c)) B
+
+so C is diagonal and is kept as c, its *gates*, [B, E]: α/r where a factor is chosen and zero elsewhere. Whatever takes
+cores takes gates too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +34,8 @@ class Route(NamedTuple):
     """What the routers chose for each instance; the j-th A factor pairs with the j-th B factor.
 
     `index_A`, `index_B`: int64 [B, r], in descending order of score. `score_A`, `score_B`: float32 [B, E], the scores
-    that were ranked (p_A; p_B or p_B + p_AB), or None where nothing was scored (`routing="random"`).
+    that were ranked (p_A; p_B or p_B + p_AB), or None where nothing was scored (`routing="random"`). With
+    `pairing="same"` both are the same tensors.
     """
 
     index_A: Tensor
@@ -60,12 +69,15 @@ def input_scores(pooled: Tensor, *routers: Tensor) -> Tensor:
     return torch.stack(logits, dim=1).softmax(dim=-1)
 
 
-def conditional_scores(factors_A: Tensor, cfs: Tensor, index_A: Tensor, product: str = "inner") -> Tensor:
+def conditional_scores(
+    factors_A: Tensor, cfs: Tensor, index_A: Tensor, product: str = "inner", temperature: float = 1.0
+) -> Tensor:
     """CFS: p_AB, how well each B factor fits the A factors already chosen, in float32 at least, [B, E].
 
     `factors_A` [E, d_in], `cfs` (W_AB) [r, E, d_in], `index_A` [B, r]. `product` says how W_AB[i] meets a: `"inner"` is
     the paper's inner product; `"sums"` multiplies their sums over d_in, which is what the einsum of the authors'
-    released code computes (`brd,rfe->bre`, two letters where one was meant).
+    released code computes (`brd,rfe->bre`, two letters where one was meant). What enters a softmax is divided by
+    `temperature`.
     """
     dtype = at_least_float32(factors_A.dtype)
     factors_A, cfs = factors_A.to(dtype), cfs.to(dtype)
@@ -74,39 +86,71 @@ def conditional_scores(factors_A: Tensor, cfs: Tensor, index_A: Tensor, product:
     else:
         # An embedding's backward pass is one kernel, that of an index sorts first.
         logits = torch.bmm(F.embedding(index_A.t(), factors_A), cfs.transpose(1, 2))  # [r, B, E]
-    return logits.softmax(dim=-1).sum(dim=0).softmax(dim=-1)
+    return _twice_softmaxed(logits, temperature)
+
+
+def conditional_table(factors_A: Tensor, cfs: Tensor, product: str = "inner") -> Tensor:
+    """T[i, a, b], all of W_AB that routes depend on: how B factor b fits A factor a in place i, [r, E, E].
+
+    The arguments are those of [`conditional_scores`]; in float32 at least.
+    """
+    dtype = at_least_float32(factors_A.dtype)
+    factors_A, cfs = factors_A.to(dtype), cfs.to(dtype)
+    if product == "sums":
+        return factors_A.sum(dim=-1).unsqueeze(1) * cfs.sum(dim=-1).unsqueeze(1)
+    return torch.matmul(factors_A, cfs.transpose(1, 2))
+
+
+def conditional_scores_by_table(table: Tensor, index_A: Tensor, temperature: float = 1.0) -> Tensor:
+    """[`conditional_scores`] from the [`conditional_table`] [r, E, E]; `index_A` [B, r] → [B, E]."""
+    places = torch.arange(len(table), device=table.device).unsqueeze(1)
+    return _twice_softmaxed(table.to(at_least_float32(table.dtype))[places, index_A.t()], temperature)
+
+
+def _twice_softmaxed(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(Σ_i softmax(logits[i])), [r, B, E] → [B, E]; what enters either softmax is divided by `temperature`."""
+    if temperature == 1:
+        return logits.softmax(dim=-1).sum(dim=0).softmax(dim=-1)
+    return ((logits / temperature).softmax(dim=-1).sum(dim=0) / temperature).softmax(dim=-1)
 
 
 def route_by_input(
     pooled: Tensor,
     router_A: Tensor,
-    router_B: Tensor,
+    router_B: Tensor | None,
     r: int,
-    factors_A: Tensor,
-    cfs: Tensor | None,
-    cfs_product: str = "inner",
+    conditional: Callable[[Tensor], Tensor] | None = None,
 ) -> Route:
-    """Choose `r` factors of each pool: IFS when `cfs` is None, else IFS for A and IFS+CFS for B.
+    """Choose `r` factors of each pool: IFS when `conditional` is None, else IFS for A and IFS+CFS for B.
 
-    `pooled` [B, d_in]; `router_A`, `router_B` and `factors_A` [E, d_in]; `cfs` [r, E, d_in].
-    `cfs_product` is the `product` of [`conditional_scores`].
+    `pooled` [B, d_in]; `router_A` and `router_B` [E, d_in], the latter None with `pairing="same"`; `conditional` makes
+    p_AB [B, E] of the A factors chosen, idx_A [B, r].
     """
+    if router_B is None:
+        score = input_scores(pooled, router_A).squeeze(1)
+        index = score.topk(r, dim=-1).indices
+        return Route(index, index, score, score)
     scores = input_scores(pooled, router_A, router_B)
     score_A, score_B = scores.unbind(1)
-    if cfs is None:
+    if conditional is None:
         return Route(*scores.topk(r, dim=-1).indices.unbind(1), score_A, score_B)
     index_A = score_A.topk(r, dim=-1).indices
-    score_B = score_B + conditional_scores(factors_A, cfs, index_A, cfs_product)
+    score_B = score_B + conditional(index_A)
     return Route(index_A, score_B.topk(r, dim=-1).indices, score_A, score_B)
 
 
 def route_at_random(
-    instances: int, num_factors: int, r: int, device: torch.device, generator: torch.Generator | None = None
+    instances: int,
+    num_factors: int,
+    r: int,
+    device: torch.device,
+    generator: torch.Generator | None = None,
+    pairing: str = "rank",
 ) -> Route:
     """Draw `r` distinct factors of each pool for every instance, uniformly; [instances, r] each."""
     noise = torch.rand(2, instances, num_factors, generator=generator, device=generator.device if generator else device)
     index_A, index_B = noise.to(device).topk(r, dim=-1).indices
-    return Route(index_A, index_B, None, None)
+    return Route(index_A, index_A if pairing == "same" else index_B, None, None)
 
 
 def core(route: Route, num_factors: int, scaling: float, straight_through: bool, dtype: torch.dtype) -> Tensor:
@@ -126,14 +170,35 @@ def core(route: Route, num_factors: int, scaling: float, straight_through: bool,
     return flat.view(-1, num_factors, num_factors)
 
 
+def gates(route: Route, num_factors: int, scaling: float, straight_through: bool, dtype: torch.dtype) -> Tensor:
+    """The diagonal c of the core of a route with `pairing="same"`, [B, E]: `scaling` at the chosen factors, else zero.
+
+    With `straight_through` each is multiplied by g = 1 + (p − stop_grad(p)), as in [`core`].
+    """
+    index = route.index_A
+    empty = torch.zeros(len(index), num_factors, dtype=dtype, device=index.device)
+    if straight_through and route.score_A is not None and torch.is_grad_enabled():
+        p = route.score_A.gather(1, index)
+        return empty.scatter(1, index, ((p - p.detach()) * scaling + scaling).to(dtype))
+    return empty.scatter_(1, index, scaling)
+
+
+def full_core(core: Tensor) -> Tensor:
+    """Cores [B, E, E] as they are; of gates [B, E] the diagonal matrices that they stand for."""
+    return torch.diag_embed(core) if core.ndim == 2 else core
+
+
 def low_rank_update(x: Tensor, factors_A: Tensor, factors_B: Tensor, core: Tensor) -> Tensor:
-    """Δy = ((x Aᵀ) C) B. `x` [B, S, d_in], `factors_A` [E, d_in], `factors_B` [E, d_out], `core` [B, E, E]."""
+    """Δy = ((x Aᵀ) C) B. `x` [B, S, d_in], `factors_A` [E, d_in], `factors_B` [E, d_out].
+
+    `core` [B, E, E], or its [`gates`] [B, E] where it is diagonal.
+    """
     return update_of(F.linear(x, factors_A), factors_B, core)
 
 
 def update_of(z: Tensor, factors_B: Tensor, core: Tensor) -> Tensor:
     """Δy = (z C) B from z = x Aᵀ [B, S, E]; the other shapes are those of [`low_rank_update`]."""
-    return torch.matmul(torch.bmm(z, core), factors_B)
+    return torch.matmul(z * core.unsqueeze(1) if core.ndim == 2 else torch.bmm(z, core), factors_B)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

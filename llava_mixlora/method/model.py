@@ -23,6 +23,7 @@ from .offloading import bring_back, device_of_adapter
 from .registration import BaseTuner, BaseTunerLayer
 from .shared_sums import follow_loading, has_counted
 from .tensor_names import PEFT_PREFIX
+from .word_centre import WORDS, add_word_sums, remove_word_sums, width_of_words, word_adapters, word_sums
 
 USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
 LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -55,6 +56,34 @@ class MixLoraModel(BaseTuner):
             name: route
             for name, module in self.model.named_modules()
             if isinstance(module, MixLoraLayer) and (route := module.last_routes.get(adapter_name)) is not None
+        }
+
+    @torch.no_grad()
+    def routes_of_words(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, adapter_name: str = "default"
+    ) -> dict[str, Route]:
+        """The routes that prompts will take, without running the model: `router_input="words"` knows them beforehand.
+
+        Prompts of one route are served by one plain LoRA of rank r, so this tells which may share it. `input_ids` int64
+        [B, S], `attention_mask` [B, S], zero at padding; image tokens of transformers' own models are left out.
+
+        Raises:
+            MixLoraError: the adapter's routers see hidden states, or a prompt has no text.
+        """
+        config = self.peft_config[adapter_name]
+        if config.router_input != "words":
+            raise MixLoraError(
+                f"adapter {adapter_name!r} routes by hidden states, which only running the model makes; expected "
+                "router_input='words'"
+            )
+        scope = forward_passes.scope_of_prompts(self.model, input_ids, attention_mask)
+        scope.see_words(self.model.get_input_embeddings()(input_ids))
+        words = scope.words(adapter_name, config.router_scope)
+        scope.require_text("router_input='words'")
+        return {
+            name: module.route_of(words, adapter_name)
+            for name, module in self.model.named_modules()
+            if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_A
         }
 
     @property
@@ -95,9 +124,18 @@ class MixLoraModel(BaseTuner):
         cls, model: nn.Module, config: MixLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        statistics = _statistics(model, adapter_name)
+        words = {}  # PEFT looks for what it loads in layers, and the sums of words are the model's
+        for name in (name for name in statistics if WORDS in name):
+            saved = name.removesuffix(f".{adapter_name}")
+            words[saved] = words[PEFT_PREFIX + saved] = name
         # Adapters that were saved without statistics are complete; PEFT would warn of missing weights.
-        complete = {**_statistics(model, adapter_name), **remapped}
-        return {name: value.view(torch.int64) if MOMENTS in name else value for name, value in complete.items()}
+        complete = {**statistics, **{words.get(name, name): value for name, value in remapped.items()}}
+        of_floats = (MOMENTS, WORDS)
+        return {
+            name: value.view(torch.int64) if any(kind in name for kind in of_floats) else value
+            for name, value in complete.items()
+        }
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -143,8 +181,15 @@ class MixLoraModel(BaseTuner):
             if isinstance(module, ModulesToSaveWrapper) and _name_adapters not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_name_adapters, with_kwargs=True)
 
-    def _post_injection_hook(self, model: nn.Module, config: MixLoraConfig, adapter_name: str) -> None:
-        forward_passes.attach(model)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Put an adapter's layers into the model, and what they need around them."""
+        result = super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if config.router_input == "words":
+            add_word_sums(model, adapter_name, width_of_words(model))
+            follow_loading(model, adapter_name)
+        forward_passes.attach(model, config.router_scope, config.router_input)
+        return result
 
     def _create_and_replace(
         self,
@@ -161,6 +206,7 @@ class MixLoraModel(BaseTuner):
             r=config.rank_of(current_key),
             lora_alpha=config.alpha_of(current_key),
             seed=zlib.crc32(current_key.encode()),
+            word_width=width_of_words(self.model) if config.router_input == "words" else None,
         )
         device = device_of_adapter(getattr(target, "base_layer", target), self.model)
         if isinstance(target, MixLoraLayer):
@@ -200,6 +246,11 @@ class MixLoraModel(BaseTuner):
                 if adapter in layer.mixlora_A:
                     layer.static_update(adapter)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out of all layers."""
+        super().delete_adapter(adapter_name)
+        remove_word_sums(self.model, adapter_name)
+
     def _layers(self) -> list[MixLoraLayer]:
         return [module for module in self.model.modules() if isinstance(module, MixLoraLayer)]
 
@@ -215,6 +266,7 @@ class MixLoraModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             forward_passes.detach(model)
+            remove_word_sums(model)
         return model
 
 
@@ -235,9 +287,11 @@ def _name_adapters(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
 
 
 def _statistics(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """By name: the counts of choices, and the moments as the float64 numbers that their bits are."""
+    """By name: the counts of choices, and the other sums as the float64 numbers that their bits are."""
     statistics = {}
     for name, module in model.named_modules():
+        if adapter_name in (word_adapters(module) or ()):
+            statistics[f"{_unwrapped(name)}.{WORDS}.{adapter_name}".lstrip(".")] = word_sums(module, adapter_name)
         if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_stats_usage:
             moments = module.mixlora_stats_moments[adapter_name].view(torch.float64)
             for kind, value in ((USAGE, module.mixlora_stats_usage[adapter_name]), (MOMENTS, moments)):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from ..errors import MixLoraError
@@ -15,6 +16,40 @@ IGNORE_INDEX = -100
 
 CUMULATIVE_LENGTHS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 """What tells flash attention where the samples of a packed row begin (transformers' `FlashAttentionKwargs`)."""
+
+
+_PLACEHOLDER = re.compile(r"(image|video|audio|speech|img)_token_(id|index)")
+_PICTURES = re.compile(r"(images|videos|pixel_values|image_embeds|image_features|input_features|input_audio).*")
+
+
+def image_positions(
+    model: nn.Module, inputs: dict[str, Any], shape: tuple[int, int]
+) -> tuple[Tensor | None, str | None]:
+    """Where the features of images (video, sound) stand in a sequence, bool [B, S], and why that is not known.
+
+    A transformers configuration names the token ids that they replace (`image_token_id`, `video_token_id`, ...). None
+    and None: there are none.
+    """
+    config = getattr(model, "config", None)
+    placeholders = _placeholders(config)
+    token_ids = inputs.get("input_ids")
+    if isinstance(token_ids, Tensor) and tuple(token_ids.shape) == shape:
+        if placeholders:
+            return torch.isin(token_ids, torch.tensor(placeholders, device=token_ids.device)), None
+        given = (name for name, value in inputs.items() if value is not None and _PICTURES.fullmatch(name))
+        if (name := next(given, None)) is None:
+            return None, None
+        return None, f"{name} are given to {type(model).__name__}, whose configuration names no image token"
+    sees = placeholders or any(
+        getattr(config, name, None) for name in ("vision_config", "mm_vision_tower", "audio_config")
+    )
+    return None, f"{type(model).__name__} is given inputs_embeds without the token ids" if sees else None
+
+
+def _placeholders(config: Any) -> list[int]:
+    names = vars(config) if config is not None else {}
+    ids = [getattr(config, name) for name in names if _PLACEHOLDER.fullmatch(name)]
+    return [each for each in ids if isinstance(each, int)]
 
 
 def attended_positions(mask: Any, shape: tuple[int, int], cache: Any = None) -> Tensor | None:

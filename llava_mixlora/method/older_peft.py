@@ -119,18 +119,6 @@ class BaseTuner(tuners_utils.BaseTuner):
             return False
         return tuners_utils.check_target_module_exists(peft_config, key)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, and into no more of its modules than that takes.
-
-        Raises:
-            ValueError: no module matches `target_modules`, or a second adapter would train biases.
-        """
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._post_injection_hook(model, self.peft_config[adapter_name], adapter_name)
-
-    def _post_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Called when an adapter is in the model."""
-
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         if sum(other.bias != "none" for other in self.peft_config.values()) > 1:
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import MixLoraError
-from .balance_loss import BalanceLoss
 from .held_routes import HeldRoutes
 from .mixture import pooled_input
 from .recomputation import NO_BACKWARD, saving_hooks
+from .router_loss import RouterLoss
 from .segments import Segments, conversation_turns, routed_positions
 from .training_statistics import TrainingStatistics
+from .word_centre import centred, news_of, word_sums
 
 SHORTEST_PROMPT = 2
 """Positions. Labels that leave one position unsupervised mask what starts a sequence, not a prompt."""
@@ -59,8 +60,11 @@ class RoutingScope:
         self.computed: dict[tuple[str, str], Tensor] = {}
         self.goes_on = False  # whether it continues a cache
         self.trains = False  # whether the forward pass is a step of training, to be counted and balanced
-        self.balance = BalanceLoss()
+        self.router_loss = RouterLoss()
         self.statistics = TrainingStatistics()
+        self.tasks: Tensor | None = None  # int64 [B], the number of each instance's task, in training
+        self._checked_tasks: set[tuple[int, int]] = set()
+        self.word_news: list[tuple[Tensor, Tensor]] = []  # sums of word vectors, and what is to be added to them
         self.adapter_names: Sequence[str] | None = None  # one for each instance
         self.model: nn.Module | None = None  # whose hook opened it
         self.root: nn.Module | None = None  # the adapted model
@@ -84,20 +88,27 @@ class RoutingScope:
         prompt: Tensor | None = None,
         given: int | None = None,
         rest_is_asked: bool = False,
+        images: Tensor | None = None,
+        images_unknown: str | None = None,
     ) -> None:
         """Replace what the scope knows of the sequence.
 
         `answered`: bool [B, S], True where the model answers; `starts`: bool [B, S], True where a packed sample begins
         behind another; `given`: how many positions the caller of a generation gave, drafts follow; `rest_is_asked` as
-        in [`conversation_turns`]. The others are those of the class.
+        in [`conversation_turns`]; `images`: bool [B, S], True at image features, None where there are none, or where
+        they are is unknown for the reason `images_unknown`. The others are those of the class.
         """
         # Of a tensor's sizes a compiler can leave open which they are, of numbers it does not: one without storage.
         self._extent = None if shape is None else torch.empty(shape, device="meta")
         self.attended = attended
         self.answered, self.starts, self.prompt, self.given = answered, starts, prompt, given
         self.rest_is_asked = rest_is_asked
+        self.images, self.images_unknown = images, images_unknown
         self.unknown_prompt: str | None = None  # why what is averaged is no prompt
-        self._divided: dict[tuple[str, bool], tuple[Segments | None, Tensor | None]] = {}
+        self._without_text: str | None = None  # which instructions have no text to average
+        self._divided: dict[tuple[str, bool, bool], tuple[Segments | None, Tensor | None]] = {}
+        self._embeddings: Tensor | None = None
+        self._words: dict[tuple[str, str], Tensor] = {}
         self._last_pooled: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
 
     def sequence_of(self, x: Tensor, layer: str) -> RoutingScope:
@@ -127,16 +138,57 @@ class RoutingScope:
 
         None where all positions count alike.
         """
-        return self._division(router_scope, count_padding)[1]
+        return self._division(router_scope, count_padding, router_scope == "instruction")[1]
 
     def segments(self, router_scope: str, count_padding: bool) -> Segments | None:
         """What of the sequence has a route of its own; None where every row has one route."""
-        return self._division(router_scope, count_padding)[0]
+        return self._division(router_scope, count_padding, router_scope == "instruction")[0]
 
-    def settle(self) -> None:
-        """Work out what needs values of tensors, before the layers that ask for it."""
-        if self.shape is not None and (self.answered is not None or self.starts is not None):
-            self._division("prompt", False)
+    def settle(self, kinds: Iterable[tuple[str, bool]]) -> None:
+        """Work out what needs values of tensors, before the layers that ask for it.
+
+        `kinds`: the router scopes that layers have, and whether they average text alone.
+        """
+        for router_scope, text_only in kinds:
+            needs_values = (
+                self.answered is not None or self.starts is not None or (text_only and self.images is not None)
+            )
+            if self.shape is not None and needs_values:
+                self._division(router_scope, False, text_only)
+
+    def see_words(self, embeddings: Tensor) -> None:
+        """Take input embeddings [B, S, d_model] for the word vectors of the scope's sequence, if they are."""
+        if self.covers(embeddings) and not self._words:
+            self._embeddings = embeddings.detach()
+
+    def forget_words(self) -> None:
+        """Let go of the input embeddings; what layers have asked for stays, also for checkpoints."""
+        self._embeddings = None
+
+    def words(self, adapter: str, router_scope: str) -> Tensor | None:
+        """u of every instance, float32 [B, d_model], or [G, d_model] of the [`segments`]; None without word vectors.
+
+        One average for all layers; see `word_centre`.
+        """
+        key = adapter, router_scope
+        if key not in self._words and self._embeddings is not None:
+            segments, weights = self._division(router_scope, False, text_only=True)
+            mean = pooled_input(self._embeddings, weights)
+            if segments is not None:
+                mean = segments.on(mean.device).of_rows(mean)
+            sums = word_sums(self.root, adapter).to(mean.device)
+            if self.trains:
+                news = news_of(mean, sums)
+                self.whole.word_news.append((word_sums(self.root, adapter), news))
+                sums = sums + news
+            self._words[key] = centred(mean, sums)
+        return self._words.get(key)
+
+    def add_words(self) -> None:
+        """Add the word vectors of a forward pass that is over to the sums, and forget them."""
+        for sums, news in self.word_news:
+            sums += news.to(sums.device)
+        self.word_news = []
 
     def pooled(self, x: Tensor, router_scope: str, count_padding: bool, given: Tensor) -> Tensor:
         """h̄ of x [B, S, d_in] over the routed positions where x has them, by [`mixture.pooled_input`].
@@ -144,7 +196,8 @@ class RoutingScope:
         [B, d_in], or [G, d_in] of the G [`segments`]. Layers that are `given` the same tensor in a row (q, k and v;
         gate and up) share one average of it.
         """
-        segments, weights = self._division(router_scope, count_padding) if self.covers(x) else (None, None)
+        text_only = router_scope == "instruction"
+        segments, weights = self._division(router_scope, count_padding, text_only) if self.covers(x) else (None, None)
         # A compiler finds by itself what is computed twice, and a tensor of inference mode does not count its changes.
         shares = not (torch.compiler.is_compiling() or given.is_inference())
         if shares:
@@ -162,14 +215,17 @@ class RoutingScope:
             self._last_pooled = weakref.ref(given), key, pooled
         return pooled
 
-    def _division(self, router_scope: str, count_padding: bool) -> tuple[Segments | None, Tensor | None]:
-        key = router_scope, count_padding
+    def _division(
+        self, router_scope: str, count_padding: bool, text_only: bool
+    ) -> tuple[Segments | None, Tensor | None]:
+        key = router_scope, count_padding, text_only
         if key not in self._divided:
-            self._divided[key] = self._divide(router_scope == "prompt", count_padding)
+            self._divided[key] = self._divide(*key)
         return self._divided[key]
 
-    def _divide(self, prompt_only: bool, count_padding: bool) -> tuple[Segments | None, Tensor | None]:
-        """The segments, and the weights of [`weights`]."""
+    def _divide(self, router_scope: str, count_padding: bool, text_only: bool) -> tuple[Segments | None, Tensor | None]:
+        """The segments, and the weights of [`weights`]; `text_only` leaves image features out."""
+        prompt_only = router_scope != "sequence"
         attended = None if count_padding else self.attended
         if self.given is not None and self.given < self.shape[1]:
             places = torch.arange(self.shape[1], device=self._device()).expand(self.shape)
@@ -180,23 +236,45 @@ class RoutingScope:
             self.unknown_prompt = "the labels were not passed along, or are not those of the sequence"
         index = self._index(answered)
         if index is not None:
-            return self._divide_rows(index, attended, answered, prompt)
+            of_turn = router_scope == "instruction"
+            segments, routed = self._divide_rows(index, attended, answered, prompt, of_turn)
+            routed = self._text_of(routed) if text_only else routed
+            return segments, routed / routed.sum(dim=-1, keepdim=True, dtype=torch.float32)
         if answered is not None:
             prompt = answered.cumsum(dim=1) == 0
             self._check_prompt(prompt if self.attended is None else prompt & self.attended, answered)
             usable = self._usable(prompt if attended is None else prompt & attended)
             prompt = prompt | ~usable
         positions = attended if prompt is None else prompt if attended is None else attended & prompt
+        if text_only and self.images is not None:
+            positions = torch.ones_like(self.images) if positions is None else positions
+            positions = self._text_of(positions)
         return None, None if positions is None else self._normalised(positions)
 
+    def _text_of(self, positions: Tensor) -> Tensor:
+        """`positions` [B, S], or [B, T, S] of segments, without image features; unless nothing were left."""
+        if self.images is None:
+            return positions
+        text = positions & ~(self.images if positions.ndim == 2 else self.images.unsqueeze(1))
+        lacking = positions.any(dim=-1, keepdim=True) & ~text.any(dim=-1, keepdim=True)
+        if not is_fake(lacking):
+            rows = lacking.flatten(1).any(dim=1).nonzero().flatten().tolist()
+            if rows:
+                self._without_text = f"instance {rows[0]} of the batch"
+        return torch.where(lacking, positions, text)
+
     def _divide_rows(
-        self, index: Tensor, attended: Tensor | None, answered: Tensor | None, prompt: Tensor | None
+        self, index: Tensor, attended: Tensor | None, answered: Tensor | None, prompt: Tensor | None, of_turn: bool
     ) -> tuple[Segments, Tensor]:
+        """The segments of rows, and what routers average of each, bool [B, T, S]; `of_turn`: nothing before a turn."""
         everywhere = torch.ones_like(index, dtype=torch.bool)
         counted = everywhere if attended is None else attended
         samples = torch.zeros_like(index) if self.starts is None else self.starts.long().cumsum(dim=1)
         of_sample = routed_positions(index, None, counted, samples)
         routed = routed_positions(index, answered, counted, samples)
+        if of_turn:
+            turns = torch.arange(routed.shape[1], device=index.device).view(1, -1, 1)
+            routed = routed & (index.unsqueeze(1) == turns)
         if prompt is not None:
             routed = routed & prompt.unsqueeze(1)
         if answered is not None:
@@ -205,8 +283,7 @@ class RoutingScope:
             routed = torch.where(self._usable(routed), routed, of_sample)
         # A segment without any routed position falls back to its sample, and one of nothing but padding to its row.
         routed = torch.where(routed.any(dim=-1, keepdim=True), routed, of_sample)
-        routed = routed | ~routed.any(dim=-1, keepdim=True)
-        return Segments(index), routed / routed.sum(dim=-1, keepdim=True, dtype=torch.float32)
+        return Segments(index), routed | ~routed.any(dim=-1, keepdim=True)
 
     def _index(self, answered: Tensor | None) -> Tensor | None:
         """The segment of every position, int64 [B, S]; None where each row is one."""
@@ -264,6 +341,42 @@ class RoutingScope:
         if self.unknown_prompt is not None:
             _tell_of_unknown_prompt(self.root, self.unknown_prompt, otherwise)
 
+    def require_text(self, what: str) -> None:
+        """Tell that the text of instructions, which the option `what` asks for, is not known, or that there is none.
+
+        Raises:
+            MixLoraError: it is so.
+        """
+        if self.images_unknown is not None:
+            raise MixLoraError(
+                f"{what} averages text without image features, but where these are is not known: "
+                f"{self.images_unknown}; say which positions to average with llava_mixlora.known_prompt, or use "
+                "router_scope='prompt'"
+            )
+        if self._without_text is not None:
+            raise MixLoraError(
+                f"{what} averages the text of an instruction, but that of {self._without_text} has none: it holds "
+                "image features alone; give it a text, or use router_scope='prompt'"
+            )
+
+    def require_tasks(self, instances: int, tasks: int, segments: Segments | None) -> Tensor:
+        """The number of the task of each instance, int64 [instances], or of each segment; in training.
+
+        Raises:
+            MixLoraError: the forward pass was not told, or they are not those of the layer's instances.
+        """
+        told, key = self.tasks, (instances, tasks)
+        if key not in self._checked_tasks:  # once for all layers, since it waits for values
+            if told is None or told.shape != (instances,) or ((told < 0) | (told >= tasks)).any():
+                found = "none were given" if told is None else f"got {str(told.tolist())[:80]}"
+                raise MixLoraError(
+                    f"task_loss_weight: a training step needs mixlora_tasks, the numbers of the tasks (0 to "
+                    f"{tasks - 1}) of its {instances} instances, but {found}; wrap the data collator in "
+                    "llava_mixlora.TaskLabels, or set task_loss_weight=0"
+                )
+            self._checked_tasks.add(key)
+        return told if segments is None else told[segments.row.to(told.device)]
+
     def held_core(self, key: tuple[str, str], instances: int, segments: Segments | None) -> Tensor | None:
         """The core kept for a layer, [instances, E, E], or None in the first forward of a generation.
 
@@ -291,9 +404,9 @@ class RoutingScope:
     def part(self) -> RoutingScope:
         """A scope of the same forward pass for a model inside of this one's, with a sequence of its own."""
         part = RoutingScope(held=self.held)
-        for name in ("computed", "goes_on", "trains", "balance", "statistics", "adapter_names", "root", "backward"):
+        for name in ("computed", "goes_on", "trains", "router_loss", "statistics", "adapter_names", "root", "backward"):
             setattr(part, name, getattr(self, name))
-        part.outer, part.whole = self, self.whole
+        part.tasks, part.outer, part.whole = self.tasks, self, self.whole
         return part
 
 

@@ -51,6 +51,7 @@ class Segments:
         self._positions, self._filled, self._owner = positions.to(device), filled.to(device), torch.tensor(owners)
         self._owner = self._owner.to(device)
         self._place = filled.flatten().nonzero().flatten().to(device)  # int64 [B·S], where a position is in the chunks
+        self._segment = self._owner.repeat_interleave(chunk)[self._place]  # int64 [B·S], of each position
         self._count, self._lengths = len(real), [lengths[cell] for cell in real]
         self._elsewhere: dict[torch.device, Segments] = {}
 
@@ -74,7 +75,9 @@ class Segments:
         return per_segment.flatten(0, 1).index_select(0, self.real)
 
     def apply(self, z: Tensor, cores: Tensor) -> Tensor:
-        """z C with every position's own core, [B, S, E]. `z` [B, S, E], `cores` [G, E, E]."""
+        """z C with every position's own core, [B, S, E]. `z` [B, S, E], `cores` [G, E, E], or gates [G, E]."""
+        if cores.ndim == 2:
+            return z * cores.index_select(0, self._segment).view(z.shape)
         chunks = z.flatten(0, 1)[self._positions]
         products = torch.bmm(chunks, cores.index_select(0, self._owner))
         return products.flatten(0, 1).index_select(0, self._place).view(z.shape)

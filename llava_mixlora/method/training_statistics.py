@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from .mixture import full_core
 from .routing_statistics import choices
 from .segments import Segments
 from .static_core import instance_grams, summed_moments
@@ -37,9 +38,9 @@ class Statistics(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """One layer's forward pass: z [B, S, E], cores [B, E, E], attended [B, S], and what it will be added to.
+    """One layer's forward pass: z [B, S, E], cores [B, E, E] or gates [B, E], attended [B, S], and its totals.
 
-    With `segments` there are cores [G, E, E].
+    With `segments` there are cores [G, E, E], or gates [G, E].
     """
 
     total: Statistics
@@ -111,7 +112,7 @@ class TrainingStatistics:
         for (_, device), passes in alike.items():
             with torch.autocast(device.type, enabled=False), _unseen_by_checkpoints():
                 grams = torch.stack([each.grams() for each in passes])
-                cores = torch.stack([each.cores for each in passes])
+                cores = torch.stack([full_core(each.cores) for each in passes])
                 made = zip(choices(cores), summed_moments(grams, cores))
             self._made += [(each.total, Statistics(*of_layer)) for each, of_layer in zip(passes, made)]
         self._waiting, self._numbers = [], 0

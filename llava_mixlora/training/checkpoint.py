@@ -27,8 +27,11 @@ CHECKSUMS = "checksums.sha256"
 TRAINER_STATE = "trainer_state.json"
 CHUNK = 1 << 22  # bytes read at once for a checksum
 NEARLY_NOTHING = 1 << 20  # bytes: with less than that left, the disk counts as full
-MUST_MATCH = ("num_factors", "r", "routing", "rank_pattern", "modules_to_save")
-"""Fields of [`MixLoraConfig`] that decide which tensors an adapter has, and their shapes."""
+MUST_MATCH = (
+    *("num_factors", "r", "pairing", "routing", "router_input", "cfs"),
+    *("rank_pattern", "modules_to_save", "tasks"),
+)
+"""Fields of [`MixLoraConfig`] that decide which tensors an adapter has, their shapes, and whose factors they are."""
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:

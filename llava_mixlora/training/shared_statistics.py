@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, distributed, nn
@@ -10,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import MixLoraError
 from ..method.layer import MixLoraLayer
-from ..method.shared_sums import remember, shared_by, statistics_of
+from ..method.shared_sums import kinds_of, remember, shared_by, statistics_of
 
 
 @torch.no_grad()
@@ -30,7 +31,7 @@ def share_statistics(model: nn.Module, group: distributed.ProcessGroup | None = 
         MixLoraError: the model has no MixLoRA layers.
     """
     statistics = list(statistics_of(model))
-    if not statistics:
+    if not any(isinstance(owner, MixLoraLayer) for owner, *_ in statistics):
         raise MixLoraError(
             f"share_statistics: {type(model).__name__} has no MixLoRA layers; expected a model of get_peft_model(), or "
             "what wraps one"
@@ -38,20 +39,21 @@ def share_statistics(model: nn.Module, group: distributed.ProcessGroup | None = 
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) == 1:
         return
     _warn_of_broadcasts(model)
-    shared = [shared_by(layer, adapter) for layer, adapter, _ in statistics]
-    summed = []
-    for kind in range(2):  # counts, then moments
-        ours = [sums[kind] for *_, sums in statistics]
-        before = [torch.zeros_like(mine) if known is None else known[kind] for mine, known in zip(ours, shared)]
+    pairs = []  # what this process has of each sum, and what every process has of it
+    for owner, adapter, ours in statistics:
+        shared = shared_by(owner, adapter) or tuple(torch.zeros_like(mine) for mine in ours)
+        remember(owner, adapter, tuple(each.to(mine.device, copy=True) for each, mine in zip(shared, ours)))
+        pairs += zip(ours, shared_by(owner, adapter))
+    for dtype in (torch.int64, torch.float64):  # counts, then sums
+        ours, before = zip(*(pair for pair in pairs if pair[0].dtype == dtype))
         device = _device_of_news(ours[0], group)
         in_all = _in_a_row(before, device)
         news = _in_a_row(ours, device) - in_all
         distributed.all_reduce(news, group=group)
         in_all += news
-        summed.append([part.view_as(mine) for part, mine in zip(in_all.split([mine.numel() for mine in ours]), ours)])
-        torch._foreach_copy_(ours, summed[kind])
-    for (layer, adapter, _), usage, moments in zip(statistics, *summed):
-        remember(layer, adapter, (usage, moments))
+        summed = [part.view_as(mine) for part, mine in zip(in_all.split([mine.numel() for mine in ours]), ours)]
+        torch._foreach_copy_(ours, summed)
+        torch._foreach_copy_(before, summed)
 
 
 def leave_to_each_process(model: nn.Module) -> None:
@@ -77,12 +79,10 @@ def _warn_of_broadcasts(model: nn.Module) -> None:
 
 
 def _statistics_in(model: nn.Module) -> set[str]:
-    kinds = ("mixlora_stats_usage", "mixlora_stats_moments")
     return {
         f"{name}.{kind}.{adapter}".lstrip(".")
         for name, module in model.named_modules()
-        if isinstance(module, MixLoraLayer)
-        for kind in kinds
+        for kind in kinds_of(module)
         for adapter in getattr(module, kind)
     }
 
@@ -93,5 +93,5 @@ def _device_of_news(sums: Tensor, group: distributed.ProcessGroup | None) -> tor
     return sums.device
 
 
-def _in_a_row(sums: list[Tensor], device: torch.device) -> Tensor:
+def _in_a_row(sums: Sequence[Tensor], device: torch.device) -> Tensor:
     return torch.cat([of_layer.flatten().to(device) for of_layer in sums])

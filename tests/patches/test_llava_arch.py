@@ -1,5 +1,7 @@
 """The routing scope inside upstream's LLaVA: the sequence that counts is the one with the image features."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -11,6 +13,9 @@ from ..tiny import layers, message_of, random_ids, randomise
 
 IMAGE, IGNORE = -200, -100
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+INSTRUCTION = {"pairing": "same", "router_scope": "instruction"}
+WORDS = {**INSTRUCTION, "router_input": "words"}
+each_form = pytest.mark.parametrize("form", [{}, INSTRUCTION, WORDS], ids=["default", "instruction", "words"])
 
 
 def adapt(model, **options):
@@ -38,12 +43,12 @@ def right_padded(rows, value=0):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-@pytest.mark.parametrize("router_scope", ["prompt", "sequence"])
+@pytest.mark.parametrize("form", [{}, {"router_scope": "sequence"}, INSTRUCTION, WORDS])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_batch_of_different_prompts_gives_each_what_it_gets_alone(llava, instances, router_scope, side):
+def test_batch_of_different_prompts_gives_each_what_it_gets_alone(llava, instances, form, side):
     rows, images = instances
     llava.config.tokenizer_padding_side = side
-    model = adapt(llava, router_scope=router_scope)
+    model = adapt(llava, **form)
     ids = right_padded(rows)
     together = model(input_ids=ids, attention_mask=right_padded([torch.ones_like(row) for row in rows]), images=images)
     longest = together.logits.shape[1]
@@ -54,9 +59,10 @@ def test_batch_of_different_prompts_gives_each_what_it_gets_alone(llava, instanc
         torch.testing.assert_close(together.logits[b, start : start + len(alone)], alone, **CLOSE)
 
 
-def test_answers_and_their_padding_reach_no_router(llava, instances):
+@each_form
+def test_answers_and_their_padding_reach_no_router(llava, instances, form):
     rows, images = instances
-    model = adapt(llava)
+    model = adapt(llava, **form)
 
     def routes_with(answers):
         full = [torch.cat([row, answer]) for row, answer in zip(rows, answers)]
@@ -88,8 +94,53 @@ def test_image_reaches_the_routers(llava, instances):
     assert any(not torch.allclose(first[name].score_A, second[name].score_A, atol=1e-4) for name in first)
 
 
+def test_image_reaches_no_router_of_an_instruction(llava, instances):
+    """Of words in no layer; of hidden states not before attention has mixed the positions."""
+    rows, images = instances
+    for form, layers_without in ((WORDS, "layers."), (INSTRUCTION, "layers.0.self_attn.q_proj")):
+        scores = []
+        for image in images[:2]:
+            model = adapt(copy.deepcopy(llava), **form)
+            model(input_ids=rows[0][None], images=image[None])
+            scores.append({name: route.score_A for name, route in model.base_model.routes().items()})
+        blind = [name for name in scores[0] if layers_without in name]
+        assert len(blind) == (14 if form is WORDS else 1)
+        assert all(torch.equal(scores[0][name], scores[1][name]) for name in blind)
+        assert form is WORDS or any(not torch.allclose(scores[0][n], scores[1][n], atol=1e-4) for n in scores[0])
+
+
+def test_instruction_is_the_text_around_its_image(llava, instances):
+    rows, images = instances
+    model = adapt(llava, **WORDS)
+    for b, row in enumerate(rows):
+        model(input_ids=row[None], images=images[b : b + 1])
+        about_image = torch.stack([route.score_A for route in model.base_model.routes().values()])
+        model(input_ids=row[row != IMAGE][None])
+        text_alone = torch.stack([route.score_A for route in model.base_model.routes().values()])
+        torch.testing.assert_close(about_image, text_alone)
+
+
+@pytest.mark.parametrize("form", [INSTRUCTION, WORDS], ids=["instruction", "words"])
+def test_instruction_without_text_is_refused_in_one_line(llava, instances, form):
+    _, images = instances
+    model = adapt(llava, **form)
+    ids = torch.stack([torch.tensor([7, IMAGE]), torch.tensor([0, IMAGE])])
+    mask = torch.tensor([[1, 1], [0, 1]])
+    message = message_of(model, input_ids=ids, attention_mask=mask, images=images[:2])
+    assert "instance 1" in message and "image features alone" in message
+
+
+def test_instruction_needs_to_know_where_image_features_are(llava, instances):
+    model = adapt(llava, **INSTRUCTION)
+    message = message_of(model, inputs_embeds=torch.randn(1, 5, 32))
+    assert "inputs_embeds" in message and "known_prompt" in message
+    with known_prompt(prompt=torch.tensor([[True, True, False, False, True]])):
+        assert model(inputs_embeds=torch.randn(1, 5, 32)).logits.shape[1] == 5
+
+
+@each_form
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_training_has_the_same_gradients(_llava, llava, copy_of, instances, use_reentrant):
+def test_checkpointed_training_has_the_same_gradients(_llava, llava, copy_of, instances, use_reentrant, form):
     rows, images = instances
     full = [torch.cat([row, random_ids(2 + b, seed=b)]) for b, row in enumerate(rows)]
     labels = [torch.cat([torch.full_like(r, IGNORE), f[len(r) :]]) for r, f in zip(rows, full)]
@@ -99,7 +150,7 @@ def test_checkpointed_training_has_the_same_gradients(_llava, llava, copy_of, in
         "attention_mask": right_padded([torch.ones_like(row) for row in full]),
         "images": images,
     }
-    plain, checkpointed = adapt(copy_of(_llava)).train(), adapt(llava).train()
+    plain, checkpointed = adapt(copy_of(_llava), **form).train(), adapt(llava, **form).train()
     checkpointed.enable_input_require_grads()
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     for model in (plain, checkpointed):
@@ -110,9 +161,10 @@ def test_checkpointed_training_has_the_same_gradients(_llava, llava, copy_of, in
             torch.testing.assert_close(parameter.grad, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_generation_about_an_image_is_the_same_cached_and_uncached(llava, instances):
+@each_form
+def test_generation_about_an_image_is_the_same_cached_and_uncached(llava, instances, form):
     rows, images = instances
-    model = adapt(llava)
+    model = adapt(llava, **form)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for b, row in enumerate(rows):
         cached = model.generate(inputs=row[None], images=images[b : b + 1], **options)
@@ -120,17 +172,19 @@ def test_generation_about_an_image_is_the_same_cached_and_uncached(llava, instan
         assert torch.equal(cached, uncached) and cached.shape[1] >= 8  # transformers 4.37 adds one
 
 
-def test_text_without_an_image_is_routed_too(llava):
-    model = adapt(llava)
+@each_form
+def test_text_without_an_image_is_routed_too(llava, form):
+    model = adapt(llava, **form)
     ids, mask = random_ids(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     together = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(together[0, :4], model(input_ids=ids[:1, :4]).logits[0], **CLOSE)
 
 
-def test_conversation_about_an_image_is_answered_as_it_was_trained(llava, instances):
+@each_form
+def test_conversation_about_an_image_is_answered_as_it_was_trained(llava, instances, form):
     """The second question's prompt quotes the first answer, in training by its labels and here by a mask."""
     rows, images = instances
-    model = adapt(llava)
+    model = adapt(llava, **form)
     first, question, second = random_ids(2, seed=7), random_ids(4, seed=8), random_ids(3, seed=9)
     history = torch.cat([rows[0], first, question])[None]
     answers = torch.zeros_like(history, dtype=torch.bool)

@@ -158,7 +158,7 @@ def message_of(load, *args):
 
 def test_adapter_of_a_newer_version_is_refused(load, damaged):
     config = (damaged / "adapter_config.json").read_text()
-    (damaged / "adapter_config.json").write_text(config.replace('"format_version": 1', '"format_version": 2'))
+    (damaged / "adapter_config.json").write_text(config.replace('"format_version": 1', '"format_version": 3'))
     assert "saved by a newer llava-mixlora" in message_of(load, damaged)
 
 

@@ -84,7 +84,7 @@ def test_every_documented_value_is_accepted(E, routing, gradient, scope, decode,
         ({"balance_loss_weight": float("nan")}, "balance_loss_weight=nan"),
         ({"balance_loss_weight": 0.1, "router_gradient": "none"}, "router_gradient='none' leaves none to train"),
         ({"balance_loss_weight": 0.1, "routing": "random"}, "routing='random' leaves none to train"),
-        ({"format_version": 2}, "format_version=2"),
+        ({"format_version": 3}, "format_version=3"),
         ({"cfs_product": "outer"}, "cfs_product='outer'"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"target_modules": "(q_proj"}, "target_modules='(q_proj'"),
@@ -108,7 +108,7 @@ def test_adapter_of_a_newer_version_is_refused_with_both_versions(tmp_path):
     with pytest.raises(MixLoraError) as error:
         PeftConfig.from_pretrained(str(tmp_path))
     message = str(error.value)
-    assert "format_version=7" in message and f"llava-mixlora {__version__}" in message and "up to 1" in message
+    assert "format_version=7" in message and f"llava-mixlora {__version__}" in message and "up to 2" in message
     assert "\n" not in message
 
 

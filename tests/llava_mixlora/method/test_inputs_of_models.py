@@ -246,11 +246,17 @@ def padded(inputs, left):
     return {k: nn.functional.pad(v, sides) if v.shape == ids.shape else v for k, v in sequences.items()}
 
 
+VISION_LANGUAGE_MODELS = [llava, llava_onevision, qwen2_vl, qwen2_5_vl, idefics3, gemma3]
+INSTRUCTION = {"pairing": "same", "router_scope": "instruction"}
+WORDS = {**INSTRUCTION, "router_input": "words"}
+
+
 @recent
-@pytest.mark.parametrize("model_of", [llava, llava_onevision, qwen2_vl, qwen2_5_vl, idefics3, gemma3])
-def test_vision_language_model_of_transformers(model_of):
+@pytest.mark.parametrize("form", [{}, INSTRUCTION, WORDS], ids=["default", "instruction", "words"])
+@pytest.mark.parametrize("model_of", VISION_LANGUAGE_MODELS)
+def test_vision_language_model_of_transformers(model_of, form):
     base, inputs = model_of()
-    model = adapt(base.eval(), LANGUAGE_MODEL)
+    model = adapt(base.eval(), LANGUAGE_MODEL, **form)
     assert len(layers(model)) == 2 * 7
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -268,13 +274,16 @@ def test_vision_language_model_of_transformers(model_of):
 
     def gradients():
         model.train().zero_grad()
+        if form is WORDS:
+            model.get_base_model().mixlora_stats_words["default"].zero_()  # centres alike each time
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="MixLoRA")
             model(**step).loss.backward()
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     expected = gradients()
-    assert len(expected) == 2 * 7 * 5 and all(gradient is not None for gradient in expected.values())
+    kinds = 3 if form else 5  # no router B, no W_AB
+    assert len(expected) == 2 * 7 * kinds and all(gradient is not None for gradient in expected.values())
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable()
     for name, gradient in gradients().items():
@@ -287,3 +296,34 @@ def test_tower_that_merges_patches_of_several_images_is_refused(model_of):
     base, inputs = model_of()
     message = message_of(adapt(base.eval(), r".*visual\.merger\.mlp\.[02]"), **inputs)
     assert "gets 8 rows in a forward pass of 2 x 16 positions" in message and "exclude_modules" in message
+
+
+@recent
+@pytest.mark.parametrize("model_of", VISION_LANGUAGE_MODELS)
+def test_instruction_of_a_vision_language_model_is_its_text(model_of):
+    """Other pictures change no route by words, and other words do."""
+    base, inputs = model_of()
+    model = adapt(base.eval(), LANGUAGE_MODEL, **WORDS)
+
+    def scores(**changed):
+        with torch.no_grad():
+            model(**{**inputs, **changed})
+        return torch.stack([route.score_A for route in model.base_model.routes().values()])
+
+    expected = scores()
+    pixels = {name: value.flip(0) for name, value in inputs.items() if name.startswith("pixel_values")}
+    assert pixels and torch.equal(scores(**pixels), expected)
+    first = torch.isin(inputs["input_ids"], torch.tensor([IMAGE, VIDEO, BEGIN, END])).logical_not().nonzero()[-1]
+    other = inputs["input_ids"].clone()
+    other[tuple(first)] = (other[tuple(first)] + 1) % 100 + 3
+    assert not torch.allclose(scores(input_ids=other), expected)
+
+
+@recent
+def test_pictures_of_a_model_that_names_no_image_token_are_told():
+    base, inputs = llava()
+    model = adapt(base.eval(), LANGUAGE_MODEL, **INSTRUCTION)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(inputs["input_ids"])
+    message = message_of(model, inputs_embeds=embedded)
+    assert "LlavaForConditionalGeneration is given inputs_embeds" in message and "router_scope='prompt'" in message

@@ -14,8 +14,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from llava_mixlora.method.word_centre import word_sums
+
 from . import two_processes
-from .two_processes import BATCH, STEPS, adapted, base, statistics, steps
+from .two_processes import BATCH, STEPS, WORDS, adapted, base, statistics, steps
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +71,15 @@ def test_shared_statistics_are_those_of_one_process_however_often_they_are_share
     for rank in seen:
         assert_same(rank["ddp"]["shared"], alone[0])
         assert_same(rank["ddp"]["shared twice"], rank["ddp"]["shared"])
+
+
+def test_words_are_centred_by_what_all_processes_have_seen(seen):
+    model = steps(adapted(**WORDS))
+    expected = word_sums(model.get_base_model(), "default")
+    assert expected[-1] == STEPS * BATCH
+    for rank in seen:
+        for sums in rank["words"].values():
+            torch.testing.assert_close(sums, expected)
 
 
 def test_saving_what_one_process_counted_says_once_what_to_call(seen):

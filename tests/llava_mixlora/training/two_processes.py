@@ -17,10 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from llava_mixlora import MixLoraConfig, MixLoraError, RoutingCallback, share_statistics
+from llava_mixlora.method.word_centre import word_sums
 from tests.conftest import LLAMA
 from tests.tiny import VOCABULARY, layers, random_ids, randomise
 
 STEPS, BATCH = 3, 4
+WORDS = {"pairing": "same", "router_input": "words"}
 
 
 def base():
@@ -29,8 +31,9 @@ def base():
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **LLAMA))
 
 
-def adapted():
-    return randomise(get_peft_model(base(), MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM"))).train()
+def adapted(**options):
+    config = MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM", **options)
+    return randomise(get_peft_model(base(), config)).train()
 
 
 def steps(model, rank=0, processes=1, first=0):
@@ -122,13 +125,30 @@ def trainer(rank, folder):
     return {"counts": statistics(made.model), "logs": logs, "warned": ["statistics" in str(w.message) for w in caught]}
 
 
-def fsdp2(rank, folder):
+def sharded(model):
+    """The model under FSDP2."""
     from torch.distributed.fsdp import fully_shard  # torch 2.6; it was elsewhere before
 
-    model, mesh = adapted(), distributed.init_device_mesh("cpu", (2,))
+    mesh = distributed.init_device_mesh("cpu", (2,))
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def words(rank, folder):
+    """The sums that routers' words are centred by."""
+    found = {}
+    for name, wrapper in (("ddp", DistributedDataParallel), ("fsdp2", sharded)):
+        model = adapted(**WORDS)
+        steps(wrapper(model), rank, 2)
+        share_statistics(model)
+        share_statistics(model)
+        found[name] = word_sums(model.get_base_model(), "default").clone()
+    return found
+
+
+def fsdp2(rank, folder):
+    model = sharded(adapted())
     steps(model, rank, 2)
     share_statistics(model)
     tensors = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -161,7 +181,7 @@ def main(folder):
         share_statistics(base())
     except MixLoraError as error:
         seen["no layers"] = str(error)
-    for case in (ddp, resumed, broadcasting, fsdp2, trainer, fsdp1):
+    for case in (ddp, resumed, broadcasting, fsdp2, trainer, fsdp1, words):
         seen[case.__name__] = case(rank, folder)
         distributed.barrier()  # before another case reads what this one has written
     torch.save(seen, folder / f"seen-{rank}.pt")

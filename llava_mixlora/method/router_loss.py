@@ -1,9 +1,9 @@
-"""The optional load-balancing term (`balance_loss_weight`), and how it joins the loss.
+"""The optional terms that train the routers (`balance_loss_weight`, `task_loss_weight`), and how they join the loss.
 
-For one pool of one layer, with f_e the share of the batch's choices that fell on factor e (a constant) and P_e the mean
-probability that the router gives it, the term is E · Σ_e f_e · P_e: 1 when factors are used alike, more when few are
-preferred (Switch Transformers, Fedus et al. 2022, equation 4). A layer's term is the mean over its two pools; the loss
-gains `balance_loss_weight` times the mean over the layers.
+Balance: for one pool of one layer, with f_e the share of the batch's choices that fell on factor e (a constant) and P_e
+the mean probability that the router gives it, the term is E · Σ_e f_e · P_e: 1 when factors are used alike, more when
+few are preferred (Switch Transformers, Fedus et al. 2022, equation 4). Tasks: `task_subsets` has the term. A layer's
+term is the weighted sum of both, each the mean over its two pools; the loss gains the mean over the layers.
 
 Summing the terms of the layers would be all, were it not for gradient checkpointing: a term that a checkpointed block
 computes is either without a graph (reentrant) or keeps alive what checkpointing wants to free. So the terms travel as
@@ -43,7 +43,7 @@ def load_balance(score: Tensor, index: Tensor) -> Tensor:
     return E * (f / index.numel() * P).sum()
 
 
-class BalanceLoss:
+class RouterLoss:
     """The weighted terms of one forward pass of a model.
 
     Args:
@@ -87,8 +87,8 @@ class BalanceLoss:
         loss = (output[0] if output else None) if is_tuple else getattr(output, "loss", None)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise MixLoraError(
-                "balance_loss_weight is added to the loss that the model returns, but this forward pass returned none; "
-                "pass labels, or set balance_loss_weight=0"
+                "balance_loss_weight and task_loss_weight join the loss that the model returns, but this forward pass "
+                "returned none; pass labels, or set balance_loss_weight=0 and task_loss_weight=0"
             )
         loss = _Add.apply(loss, self, *self.terms)
         if is_tuple:
@@ -99,26 +99,26 @@ class BalanceLoss:
 
 class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, balance: BalanceLoss, *terms: Tensor) -> Tensor:
-        ctx.balance = balance
+    def forward(ctx: Any, loss: Tensor, router_loss: RouterLoss, *terms: Tensor) -> Tensor:
+        ctx.router_loss = router_loss
         mean = torch.stack([term.to(loss.device) for term in terms]).mean()
-        return loss + (mean if balance.share is None else mean * balance.share).to(loss.dtype)
+        return loss + (mean if router_loss.share is None else mean * router_loss.share).to(loss.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        balance = ctx.balance
-        balance.gradient = gradient.detach() / len(balance.terms)
-        if balance.share is not None:
-            balance.gradient = balance.gradient * balance.share
-        return gradient, None, *balance.gradients(ctx)
+        router_loss = ctx.router_loss
+        router_loss.gradient = gradient.detach() / len(router_loss.terms)
+        if router_loss.share is not None:
+            router_loss.gradient = router_loss.gradient * router_loss.share
+        return gradient, None, *router_loss.gradients(ctx)
 
 
 class _Listen(torch.autograd.Function):
     """Learns the scale of a loss that a trainer of TRL sums up from `log_probs` [B, S - 1] of the answers' tokens."""
 
     @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, output: Any, balance: BalanceLoss, *terms: Tensor) -> Tensor:
-        ctx.balance, ctx.counted = balance, output.label_mask
+    def forward(ctx: Any, log_probs: Tensor, output: Any, router_loss: RouterLoss, *terms: Tensor) -> Tensor:
+        ctx.router_loss, ctx.counted = router_loss, output.label_mask
         # What SFTTrainer asks for, and no trainer of preferences or rewards does.
         ctx.is_sft = output.is_top1 is not None and getattr(output, "mean_logits", None) is None
         return log_probs.view_as(log_probs)
@@ -129,31 +129,31 @@ class _Listen(torch.autograd.Function):
         alike = ctx.is_sft and torch.allclose(of_tokens, of_tokens[:1], rtol=1e-3, atol=0) and (of_tokens <= 0).all()
         if not alike:
             raise MixLoraError(
-                "balance_loss_weight cannot be added to a loss that the trainer computes itself, unless that is the "
-                "mean negative log-likelihood (TRL's SFTTrainer with loss_type='nll'); set balance_loss_weight=0"
+                "balance_loss_weight and task_loss_weight cannot be added to a loss that the trainer computes itself, "
+                "unless that is the mean negative log-likelihood (TRL's SFTTrainer with loss_type='nll'); set both to 0"
             )
-        ctx.balance.gradient = -of_tokens.sum() / len(ctx.balance.terms)
-        return gradient, None, None, *ctx.balance.gradients(ctx)
+        ctx.router_loss.gradient = -of_tokens.sum() / len(ctx.router_loss.terms)
+        return gradient, None, None, *ctx.router_loss.gradients(ctx)
 
 
 @functools.cache
 def _tell_left_out() -> None:
     warnings.warn(
-        "balance_loss_weight has no effect on a backward pass that does not begin at the loss which the model returns: "
-        "the trainer computes its own; set balance_loss_weight=0, or train on output.loss",
+        "balance_loss_weight and task_loss_weight have no effect on a backward pass that does not begin at the loss "
+        "which the model returns: the trainer computes its own; set both to 0, or train on output.loss",
         stacklevel=2,
     )
 
 
 class _Tie(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, core: Tensor, term: Tensor, balance: BalanceLoss) -> Tensor:
-        ctx.balance, ctx.term_kind = balance, {"device": term.device, "dtype": term.dtype}
+    def forward(ctx: Any, core: Tensor, term: Tensor, router_loss: RouterLoss) -> Tensor:
+        ctx.router_loss, ctx.term_kind = router_loss, {"device": term.device, "dtype": term.dtype}
         return core.view_as(core)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        of_term = ctx.balance.gradient
+        of_term = ctx.router_loss.gradient
         if of_term is None:
             _tell_left_out()
         return gradient, None if of_term is None else of_term.to(**ctx.term_kind), None

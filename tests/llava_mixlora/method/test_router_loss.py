@@ -9,8 +9,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from llava_mixlora import MixLoraConfig, MixLoraError
-from llava_mixlora.method.balance_loss import load_balance
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
+from llava_mixlora.method.router_loss import load_balance
 
 from ...tiny import layers, random_ids, randomise
 
