@@ -15,6 +15,7 @@ from .errors import MixLoraError
 if TYPE_CHECKING:
     from .training.routing_callback import RoutingCallback
     from .training.shared_statistics import share_statistics
+    from .training.task_labels import TaskLabels
 
 __all__ = [
     "MixLoraConfig",
@@ -22,13 +23,18 @@ __all__ = [
     "MixLoraLayer",
     "MixLoraModel",
     "RoutingCallback",
+    "TaskLabels",
     "known_prompt",
     "share_statistics",
 ]
 __version__ = version("llava-mixlora")
 
-_ON_DEMAND = {"RoutingCallback": "routing_callback", "share_statistics": "shared_statistics"}
-"""Names of the room `training`, whose modules import transformers' Trainer, and the modules that have them."""
+_ON_DEMAND = {
+    "RoutingCallback": "routing_callback",
+    "TaskLabels": "task_labels",
+    "share_statistics": "shared_statistics",
+}
+"""Names of the room `training`, of which most need transformers' Trainer, and the modules that have them."""
 
 import_error: Exception | None = None
 """Why the method cannot be used: `llava-mixlora doctor`, which tells what is missing, has to start then too."""

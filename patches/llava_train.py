@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -16,15 +17,17 @@ from transformers import PretrainedConfig, set_seed
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 from llava_mixlora.attention import available_attention
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.inputs import read_conversations
 from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.training.checkpoint import check_same_adapter
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
+from llava_mixlora.training.task_labels import LABEL, TaskLabels, task_names
 
 from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
-PRESETS = {None: MixLoraConfig, "paper": MixLoraConfig.paper}
+PRESETS = {None: MixLoraConfig, "paper": MixLoraConfig.paper, "paper_formulas": MixLoraConfig.paper_formulas}
 
 
 @dataclass
@@ -35,15 +38,39 @@ class MixLoraArguments:
     mixlora_num_factors: Optional[int] = field(
         default=None, metadata={"help": "Factors in each pool (E). Default: 16, or --lora_r where that is larger."}
     )
-    mixlora_routing: Optional[str] = field(default=None, metadata={"help": "ifs_cfs (default), ifs or random."})
+    mixlora_pairing: Optional[str] = field(
+        default=None, metadata={"help": "rank (default): two routers choose; same: one does, for both pools alike."}
+    )
+    mixlora_routing: Optional[str] = field(
+        default=None, metadata={"help": "ifs_cfs (default; ifs with --mixlora_pairing same), ifs or random."}
+    )
     mixlora_router_gradient: Optional[str] = field(
         default=None, metadata={"help": "straight_through (default) trains the routers, none leaves them random."}
     )
+    mixlora_router_init: Optional[str] = field(
+        default=None, metadata={"help": "How routers start: uniform (default), or zero, all inputs on one route."}
+    )
     mixlora_router_scope: Optional[str] = field(
-        default=None, metadata={"help": "Positions that routers average: prompt (default) or sequence."}
+        default=None,
+        metadata={
+            "help": "Positions that routers average: prompt (default), instruction (the text of the question alone) or "
+            "sequence."
+        },
+    )
+    mixlora_router_input: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "What routers average: hidden (default), each layer's input, or words, the text's embeddings."
+        },
     )
     mixlora_decode_routing: Optional[str] = field(
         default=None, metadata={"help": "prefill (default) keeps the prompt's routes while generating, or step."}
+    )
+    mixlora_cfs: Optional[str] = field(
+        default=None, metadata={"help": "What CFS trains: weights (default), or table, the scores that they come to."}
+    )
+    mixlora_cfs_temperature: Optional[float] = field(
+        default=None, metadata={"help": "CFS's scores are divided by it; below 1 they decide more. Default: 1."}
     )
     mixlora_unknown_prompt: Optional[str] = field(
         default=None, metadata={"help": "What a step does whose labels show no prompt: warn (default) or error."}
@@ -51,16 +78,29 @@ class MixLoraArguments:
     mixlora_balance_loss_weight: Optional[float] = field(
         default=None, metadata={"help": "Weight of a loss term that favours using all factors alike. Default: 0."}
     )
+    mixlora_task_loss_weight: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Weight of a loss term that asks routers for the factors of each sample's task, by its field "
+            "'task' in --data_path. Default: 0."
+        },
+    )
     mixlora_router_lr: Optional[float] = field(
         default=None, metadata={"help": "Learning rate of the routers. Default: --learning_rate."}
     )
     mixlora_preset: Optional[str] = field(
-        default=None, metadata={"help": "paper: the behaviour of the authors' released code; other flags still count."}
+        default=None,
+        metadata={
+            "help": "paper: the behaviour of the authors' released code; paper_formulas: what the paper writes. Other "
+            "flags still count."
+        },
     )
 
     def __post_init__(self) -> None:
         if self.mixlora_enable:
             self.lora_enable = True
+            if self.mixlora_task_loss_weight:
+                self._find_tasks()
             self.mixlora_config()  # names a bad value now, not after the model is loaded
         super().__post_init__()
         if (running := _running_train.get()) is not None:
@@ -77,14 +117,23 @@ class MixLoraArguments:
             MixLoraError: a flag holds a value outside its documented set.
         """
         if self.mixlora_preset not in PRESETS:
-            raise MixLoraError(f"mixlora_preset={self.mixlora_preset!r}: expected 'paper', or no --mixlora_preset")
+            raise MixLoraError(
+                f"mixlora_preset={self.mixlora_preset!r}: expected 'paper' or 'paper_formulas', or no --mixlora_preset"
+            )
         given = {
+            "pairing": self.mixlora_pairing,
             "routing": self.mixlora_routing,
             "router_gradient": self.mixlora_router_gradient,
+            "router_init": self.mixlora_router_init,
             "router_scope": self.mixlora_router_scope,
+            "router_input": self.mixlora_router_input,
             "decode_routing": self.mixlora_decode_routing,
+            "cfs": self.mixlora_cfs,
+            "cfs_temperature": self.mixlora_cfs_temperature,
             "unknown_prompt": self.mixlora_unknown_prompt,
             "balance_loss_weight": self.mixlora_balance_loss_weight,
+            "task_loss_weight": self.mixlora_task_loss_weight,
+            "tasks": running_tasks(),
         }
         factors = self.mixlora_num_factors
         return PRESETS[self.mixlora_preset](
@@ -99,12 +148,26 @@ class MixLoraArguments:
             **{name: value for name, value in given.items() if value is not None},
         )
 
+    def _find_tasks(self) -> None:
+        """Read the names of the tasks from the data, which are other flags' matter, if a train() is running."""
+        if self.remove_unused_columns:
+            raise MixLoraError(
+                "--remove_unused_columns True removes each sample's task, and its image, before the batch is made; "
+                "leave it out, or --mixlora_task_loss_weight"
+            )
+        if (running := _running_train.get()) is not None:
+            parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            parser.add_argument("--data_path")
+            if data := parser.parse_known_args(sys.argv[1:])[0].data_path:
+                running.tasks = task_names(read_conversations(data), data)
+
 
 @dataclass
 class RunningTrain:
-    """One call of train(), and the flags that it has parsed so far."""
+    """One call of train(), the flags that it has parsed so far, and the tasks of its data where they count."""
 
     arguments: MixLoraArguments | None = None
+    tasks: list[str] | None = None
 
 
 _running_train: ContextVar[RunningTrain | None] = ContextVar("the train() that is running", default=None)
@@ -114,6 +177,12 @@ def running_arguments() -> MixLoraArguments | None:
     """The flags of the train() that is running; None outside of one, and before it has parsed them."""
     running = _running_train.get()
     return None if running is None else running.arguments
+
+
+def running_tasks() -> list[str] | None:
+    """The tasks of the data of the train() that is running; None outside of one, and without a task loss."""
+    running = _running_train.get()
+    return None if running is None else running.tasks
 
 
 @dataclass
@@ -210,6 +279,29 @@ def _store_adapter_in_bfloat16(model: Any) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+def _keep_task(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __getitem__(self: Any, i: int) -> Any:
+        item, sample = original(self, i), self.list_data_dict[i]
+        if LABEL in sample:
+            item[LABEL] = sample[LABEL]
+        return item
+
+    return __getitem__
+
+
+def _number_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def make_supervised_data_module(*args: Any, **kwargs: Any) -> Any:
+        module, tasks = original(*args, **kwargs), running_tasks()
+        if tasks is not None:
+            # The collator, not the process, knows the tasks: workers of a DataLoader may be new processes.
+            module["data_collator"] = TaskLabels(module["data_collator"], tasks)
+        return module
+
+    return make_supervised_data_module
+
+
 PATCHES = (
     Patch(
         "llava.train.train:TrainingArguments",
@@ -251,5 +343,19 @@ PATCHES = (
         why="train() asks it for a LoRA adapter, from LoRA's flags; with --mixlora_enable it makes a MixLoRA adapter",
         replace=_adapter_by_flags,
         parameters=("model", "peft_config"),
+    ),
+    Patch(
+        "llava.train.train:LazySupervisedDataset.__getitem__",
+        kind=METHOD,
+        why="it drops the field 'task' of a sample, which --mixlora_task_loss_weight learns from",
+        replace=_keep_task,
+        parameters=("i",),
+    ),
+    Patch(
+        "llava.train.train:make_supervised_data_module",
+        kind=METHOD,
+        why="its collator makes the batch, which tells the model each sample's task with --mixlora_task_loss_weight",
+        replace=_number_tasks,
+        parameters=("tokenizer", "data_args"),
     ),
 )

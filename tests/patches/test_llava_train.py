@@ -1,5 +1,6 @@
 """The flags of `llava.train.train` and the adapter that they describe."""
 
+import json
 import pickle
 import sys
 
@@ -10,12 +11,13 @@ import transformers
 from accelerate.state import AcceleratorState
 from llava_mixlora.patches.llava_train import _train_checked
 from peft import LoraConfig
-from transformers import TrainingArguments
+from torch import nn
+from transformers import AutoTokenizer, CLIPImageProcessor, TrainingArguments
 
 from llava_mixlora import MixLoraConfig, MixLoraError
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 
-from ..tiny import layers
+from ..tiny import draw_pictures, layers, message_of
 
 
 @pytest.fixture
@@ -53,6 +55,18 @@ def test_flags_become_the_configuration(parse):
     assert arguments.mixlora_config(["q_proj"]).to_dict() == expected.to_dict()
 
 
+def test_further_forms_are_flags(parse):
+    config = parse(
+        *("--mixlora_enable", "--mixlora_pairing", "same", "--mixlora_router_init", "zero"),
+        *("--mixlora_router_input", "words", "--mixlora_router_scope", "instruction"),
+    ).mixlora_config()
+    expected = MixLoraConfig(pairing="same", router_init="zero", router_input="words", router_scope="instruction")
+    for name in ("pairing", "routing", "router_init", "router_input", "router_scope"):
+        assert getattr(config, name) == getattr(expected, name)
+    config = parse("--mixlora_enable", "--mixlora_cfs", "table", "--mixlora_cfs_temperature", "0.5").mixlora_config()
+    assert config.cfs == "table" and config.cfs_temperature == 0.5
+
+
 def test_balance_loss_weight_is_a_flag(parse):
     assert parse("--mixlora_enable", "--mixlora_balance_loss_weight", "0.5").mixlora_config().balance_loss_weight == 0.5
     assert parse("--mixlora_enable", "--mixlora_unknown_prompt", "error").mixlora_config().unknown_prompt == "error"
@@ -62,8 +76,9 @@ def test_balance_loss_weight_is_a_flag(parse):
 
 def test_flags_that_are_not_given_keep_the_defaults(parse):
     config, default = parse("--mixlora_enable", "--lora_r", "4").mixlora_config(), MixLoraConfig()
-    for name in ("num_factors", "routing", "router_gradient", "router_scope", "count_padding", "decode_routing"):
-        assert getattr(config, name) == getattr(default, name)
+    others = {"r", "lora_alpha", "lora_dropout", "exclude_modules", "task_type"}  # LLaVA's, or what a LLaVA needs
+    for name in set(default.to_dict()) - others:
+        assert getattr(config, name) == getattr(default, name), name
 
 
 def test_enabling_mixlora_enables_upstreams_lora_branch(parse):
@@ -104,6 +119,12 @@ def test_bias_flag_keeps_its_meaning(parse, given, expected):
         (["--mixlora_preset", "papier"], "mixlora_preset='papier'"),
         (["--lora_dropout", "1.5"], "lora_dropout=1.5"),
         (["--lora_bias", "some"], "bias='some'"),
+        (["--mixlora_pairing", "score"], "pairing='score'"),
+        (["--mixlora_router_input", "image"], "router_input='image'"),
+        (["--mixlora_router_init", "one"], "router_init='one'"),
+        (["--mixlora_cfs", "no"], "cfs='no'"),
+        (["--mixlora_cfs_temperature", "0"], "cfs_temperature=0"),
+        (["--mixlora_task_loss_weight", "-1"], "task_loss_weight=-1"),
     ],
 )
 def test_bad_flag_is_named_before_anything_is_loaded(parse, flags, named):
@@ -239,3 +260,128 @@ def test_vision_tower_and_projector_are_never_adapted(parse, llava):
     config = parse("--mixlora_enable", "--lora_r", "2").mixlora_config(["q_proj", "k_proj", "v_proj"])
     names = layers(peft.get_peft_model(llava, config))
     assert len(names) == 6 and all(".layers." in name and "vision_tower" not in name for name in names)
+
+
+WITH_TASKS = ("--mixlora_enable", "--mixlora_routing", "ifs", "--lora_r", "2", "--mixlora_task_loss_weight", "0.1")
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Writes data of two tasks, text and pictures in turn, each with a longer question; `change` edits the samples."""
+    draw_pictures(tmp_path, 8)
+
+    def write(change=lambda samples: None):
+        samples = []
+        for number in range(8):
+            question = ("<image>\n" if number % 2 else "") + "what color is red" + " and green" * number
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
+            task = "vqa" if number % 3 == 0 else "ocr"
+            sample = {"id": f"s{number}", "task": task, "conversations": turns}
+            samples.append({**sample, "image": f"{number}.png"} if number % 2 else sample)
+        change(samples)
+        (tmp_path / "labelled.json").write_text(json.dumps(samples))
+        return ("--data_path", str(tmp_path / "labelled.json"), "--image_folder", str(tmp_path))
+
+    return write
+
+
+@pytest.fixture
+def batches(patched, clip_folder, tokenizer_folder, tmp_path, monkeypatch):
+    """The batches that upstream's data, collator and trainer make, inside of train()."""
+    from llava.train import train as upstream
+
+    def run(*flags):
+        made = []
+
+        def body(attn_implementation=None):
+            parser = transformers.HfArgumentParser((upstream.DataArguments, upstream.TrainingArguments))
+            data_args, training_args = parser.parse_args_into_dataclasses()
+            data_args.image_processor = CLIPImageProcessor.from_pretrained(clip_folder)
+            data_args.is_multimodal, data_args.mm_use_im_start_end = True, False
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, use_fast=False, model_max_length=1024)
+            tokenizer.pad_token = tokenizer.unk_token
+            module = upstream.make_supervised_data_module(tokenizer=tokenizer, data_args=data_args)
+            trainer = upstream.LLaVATrainer(model=nn.Linear(1, 1), tokenizer=tokenizer, args=training_args, **module)
+            made.extend(trainer.get_train_dataloader())
+
+        words = ["--output_dir", str(tmp_path / "output"), "--use_cpu", "--report_to", "none", *flags]
+        monkeypatch.setattr(sys, "argv", ["train.py", "--per_device_train_batch_size", "2", *words])
+        _train_checked(body)()
+        return made
+
+    return run
+
+
+@pytest.mark.parametrize("order", [(), ("--group_by_modality_length", "True")], ids=["shuffled", "by modality"])
+@pytest.mark.parametrize(
+    "loading", [("--dataloader_num_workers", "2"), ("--lazy_preprocess", "False")], ids=["workers", "not lazy"]
+)
+def test_batches_tell_the_task_of_each_sample(batches, labelled, order, loading):
+    of_text, of_pictures = [], []
+    for batch in batches(*WITH_TASKS, *labelled(), *order, *loading):
+        assert batch.keys() == {"input_ids", "labels", "attention_mask", "images", "mixlora_tasks"}
+        assert batch["mixlora_tasks"].dtype == torch.int64 and batch["mixlora_tasks"].shape == (2,)
+        for ids, mask, task in zip(batch["input_ids"], batch["attention_mask"], batch["mixlora_tasks"].tolist()):
+            (of_pictures if -200 in ids else of_text).append((mask.sum().item(), task))
+    assert [task for _, task in sorted(of_text)] == [1, 0, 0, 1]
+    assert [task for _, task in sorted(of_pictures)] == [0, 1, 0, 0]
+    assert len({length for length, _ in of_text}) == len({length for length, _ in of_pictures}) == 4
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mixlora_enable", "--lora_r", "2"),
+        ("--mixlora_enable", "--lora_r", "2", "--mixlora_task_loss_weight", "0"),
+        ("--lora_enable", "--lora_r", "2", "--mixlora_task_loss_weight", "0.1"),
+    ],
+    ids=["no weight", "weight 0", "LoRA"],
+)
+def test_batches_without_a_task_loss_are_upstreams(batches, labelled, flags):
+    made = batches(*flags, *labelled())
+    assert len(made) == 4
+    assert all(batch.keys() == {"input_ids", "labels", "attention_mask", "images"} for batch in made)
+
+
+def test_data_needs_no_tasks_without_a_task_loss(batches, labelled):
+    def drop(samples):
+        for sample in samples:
+            del sample["task"]
+
+    assert len(batches("--mixlora_enable", "--lora_r", "2", *labelled(drop))) == 4
+
+
+def test_adapter_knows_the_tasks_of_the_data(train, labelled):
+    config = train(*WITH_TASKS, *labelled())["model"].peft_config["default"]
+    assert config.task_loss_weight == 0.1 and config.tasks == ["ocr", "vqa"]
+
+
+def test_tasks_are_forgotten_after_training(train, labelled, parse):
+    train(*WITH_TASKS, *labelled())
+    assert "needs to know the tasks" in message_of(parse, *WITH_TASKS)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda samples: samples[5].pop("task"), "labelled.json: sample 's5' has no field 'task'"),
+        (lambda samples: samples[5].update(task=None), "sample 's5' has a 'task' of type NoneType"),
+        (lambda samples: [samples[5].pop(field) for field in ("id", "task")], "labelled.json: sample 5 has no field"),
+    ],
+)
+def test_sample_without_a_task_is_named_before_the_model_is_loaded(train, labelled, monkeypatch, change, named):
+    monkeypatch.setattr(peft, "get_peft_model", None)  # train() has a model when it calls this
+    assert named in message_of(train, *WITH_TASKS, *labelled(change))
+
+
+def test_columns_that_would_be_removed_are_refused(train, labelled):
+    message = message_of(train, *WITH_TASKS, *labelled(), "--remove_unused_columns", "True")
+    assert message.startswith("--remove_unused_columns True")
+
+
+def test_more_tasks_than_subsets_are_refused(train, labelled):
+    def divide(samples):
+        for number, sample in enumerate(samples):
+            sample["task"] = f"task {number}"
+
+    assert "8 of them" in message_of(train, *WITH_TASKS, "--mixlora_num_factors", "4", *labelled(divide))
