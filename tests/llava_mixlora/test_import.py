@@ -63,7 +63,7 @@ def python(tmp_path):
 
 
 def test_no_name_can_be_used(python):
-    names = ("MixLoraConfig", "MixLoraLayer", "MixLoraModel", "RoutingCallback", "share_statistics")
+    names = ("MixLoraConfig", "MixLoraLayer", "MixLoraModel", "RoutingCallback", "TaskLabels", "share_statistics")
     script = ["import llava_mixlora", "assert not hasattr(llava_mixlora, 'nothing')"]
     for name in names:
         for access in (f"llava_mixlora.{name}", f"exec('from llava_mixlora import {name}')"):
