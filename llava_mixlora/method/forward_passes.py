@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from ..errors import MixLoraError
@@ -40,7 +41,7 @@ from .model_inputs import (
 )
 from .recomputation import NO_BACKWARD, Announcements, next_node, running_backward
 from .router_loss import RouterLoss
-from .routing_scope import RoutingScope
+from .routing_scope import Average, RoutingScope
 from .word_centre import input_embeddings
 
 TASKS = "mixlora_tasks"
@@ -86,8 +87,10 @@ _state = _ThreadState()
 _announcements: Announcements[RoutingScope] = Announcements()
 _parts: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 """The [`_models_inside`] of adapted models."""
-_averages: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, bool]]] = weakref.WeakKeyDictionary()
-"""Of adapted models, the router scopes of their adapters, and whether these average text alone."""
+_images_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Where sequences that were made outside of any forward pass, [B, S, d], have image features, bool [B, S]."""
+_averages: weakref.WeakKeyDictionary[nn.Module, dict[str, Average]] = weakref.WeakKeyDictionary()
+"""What the routers of each adapter of adapted models average."""
 
 
 def current_scope() -> RoutingScope | None:
@@ -182,7 +185,7 @@ def refine(
     """Tell the running forward pass what its sequence has become: `embeddings` [B, S, d] with its mask and labels.
 
     While the caller knows the prompt (see [`known_answers`]), `labels` are those answers in the new sequence. `images`:
-    bool [B, S], True at image features.
+    bool [B, S], True at image features; outside of any forward pass they are kept for one that is given `embeddings`.
     """
     scope, running, known = _state.scope, _state.generation, _state.known
     answered = labels != IGNORE_INDEX if isinstance(labels, Tensor) else None
@@ -198,6 +201,8 @@ def refine(
         running.prompt_length = embeddings.shape[1]
         running.known = None if known is None else KnownPrompt(prompt, answered)
         running.images = images
+    elif images is not None:
+        _images_of[embeddings] = images
 
 
 def scope_of_prompts(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> RoutingScope:
@@ -218,14 +223,16 @@ def named_adapters(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         _state.named = outer
 
 
-def attach(model: nn.Module, router_scope: str = "prompt", router_input: str = "hidden") -> None:
+def attach(
+    model: nn.Module, adapter: str = "default", router_scope: str = "prompt", router_input: str = "hidden"
+) -> None:
     """Open a scope around every forward pass of `model`, and make its `generate` one generation.
 
     The second time, it only looks for further models inside of `model` that have adapted layers, and takes in what
     another adapter's routers average.
     """
     words = router_input == "words"
-    _averages.setdefault(model, set()).add((router_scope, words or router_scope == "instruction"))
+    _averages.setdefault(model, {})[adapter] = Average(router_scope, words)
     embeddings = input_embeddings(model) if words else None
     if embeddings is not None and _see_words not in embeddings._forward_hooks.values():
         embeddings.register_forward_hook(_see_words)
@@ -270,6 +277,14 @@ def _see_words(module: nn.Module, args: tuple[Any, ...], embeddings: Any) -> Non
     scope = _state.scope
     if scope is not None and isinstance(embeddings, Tensor) and embeddings.ndim == 3:
         scope.see_words(embeddings)
+        scope.settle(_averages_of(scope))
+
+
+def _averages_of(scope: RoutingScope) -> dict[str, Average]:
+    """What the active adapters' routers average in the scope's model."""
+    averages = _averages.get(scope.root, {})
+    active = getattr(next((m for m in scope.root.modules() if hasattr(m, "mixlora_A")), None), "active_adapters", ())
+    return {adapter: average for adapter, average in averages.items() if adapter in active}
 
 
 def _parts_of(root: nn.Module) -> weakref.WeakSet[nn.Module]:
@@ -396,7 +411,7 @@ def _enter_part(
         return _open_scope(module, args, kwargs)
     shape = _shape(inputs)
     if shape is None or (shape == scope.shape and not _is_encoder_decoder(scope.root)):
-        scope.settle(_averages.get(scope.root, ()))
+        scope.settle(_averages_of(scope))
         return None
     part = scope.part()
     part.model, part.first_node = module, next_node()
@@ -519,6 +534,8 @@ def _images(scope: RoutingScope, inputs: dict[str, Any], shape: tuple[int, int])
     """Where image features stand, or why that is not known, of a sequence that a model is given."""
     running = _state.generation
     told = None if running is None or inputs.get("input_ids") is not None else running.images
+    if told is None and isinstance(embeddings := inputs.get("inputs_embeds"), Tensor):
+        told = _images_of.get(embeddings)
     if told is None:
         return image_positions(scope.model, inputs, shape)
     told = told.repeat_interleave(max(1, shape[0] // len(told)), dim=0)

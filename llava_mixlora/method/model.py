@@ -188,7 +188,7 @@ class MixLoraModel(BaseTuner):
         if config.router_input == "words":
             add_word_sums(model, adapter_name, width_of_words(model))
             follow_loading(model, adapter_name)
-        forward_passes.attach(model, config.router_scope, config.router_input)
+        forward_passes.attach(model, adapter_name, config.router_scope, config.router_input)
         return result
 
     def _create_and_replace(

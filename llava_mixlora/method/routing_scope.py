@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ HOW_TO_TELL = (
 
 _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models of whose unknown prompts was warned."""
+
+
+class Average(NamedTuple):
+    """What an adapter's routers average: its `router_scope`, and whether they see words."""
+
+    router_scope: str
+    words: bool
 
 
 class RoutingScope:
@@ -144,17 +151,18 @@ class RoutingScope:
         """What of the sequence has a route of its own; None where every row has one route."""
         return self._division(router_scope, count_padding, router_scope == "instruction")[0]
 
-    def settle(self, kinds: Iterable[tuple[str, bool]]) -> None:
-        """Work out what needs values of tensors, before the layers that ask for it.
-
-        `kinds`: the router scopes that layers have, and whether they average text alone.
-        """
-        for router_scope, text_only in kinds:
-            needs_values = (
-                self.answered is not None or self.starts is not None or (text_only and self.images is not None)
-            )
-            if self.shape is not None and needs_values:
-                self._division(router_scope, False, text_only)
+    def settle(self, averages: dict[str, Average]) -> None:
+        """Work out what needs values of tensors, before the layers that ask for it: what adapters' routers average."""
+        if self.shape is None:
+            return
+        for adapter, (router_scope, words) in averages.items():
+            of_text = router_scope == "instruction"
+            # Segments are asked for by the scope alone, also where words are averaged.
+            for text_only in {of_text, of_text or words}:
+                if self.answered is not None or self.starts is not None or (text_only and self.images is not None):
+                    self._division(router_scope, False, text_only)
+            if words:
+                self.words(adapter, router_scope)
 
     def see_words(self, embeddings: Tensor) -> None:
         """Take input embeddings [B, S, d_model] for the word vectors of the scope's sequence, if they are."""

@@ -132,6 +132,17 @@ def test_rows_of_several_segments_train_alike(llama, kind):
     assert made == [GRAPHS, 2 * GRAPHS, 2 * GRAPHS]
 
 
+@pytest.mark.parametrize("form", [{}, {"router_scope": "instruction"}, {"router_input": "words"}], ids=str)
+@pytest.mark.parametrize("kind", ["prompts", "conversations"])
+def test_factors_of_the_same_number_train_alike(llama, form, kind):
+    """Words end a graph more: where the embeddings are, which tell them."""
+    model = adapt(llama, pairing="same", **form).train()
+    twin = copy.deepcopy(model)
+    made = check_training(model, torch.compile(model, backend="eager"), twin, kind, (12, 15, 9))
+    graphs_of_form = GRAPHS + ("router_input" in form)
+    assert made[1] == made[2] <= 2 * graphs_of_form
+
+
 @pytest.mark.slow
 def test_terms_of_balance_join_a_scaled_loss(llama):
     """Their gradients are scaled with the loss, as where nothing is compiled."""
