@@ -56,12 +56,15 @@ def plain(folder):
     return LlavaLlamaForCausalLM.from_pretrained(folder)
 
 
-def write_adapter(base, folder, trained=True, one_route=False):
-    """What upstream's train() writes after a MixLoRA run on `base`; the projector is trained too."""
+def write_adapter(base, folder, trained=True, one_route=False, **form):
+    """What upstream's train() writes after a MixLoRA run on `base`; the projector is trained too.
+
+    `form`: further fields of the adapter's configuration.
+    """
     from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 
     options = {"target_modules": LINEAR_LAYERS, "exclude_modules": NOT_THE_LANGUAGE_MODEL, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(plain(base), MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options))
+    model = get_peft_model(plain(base), MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options, **form))
     randomise(model, scale=0.3)
     if one_route:
         for name, parameter in model.named_parameters():

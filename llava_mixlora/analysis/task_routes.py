@@ -13,21 +13,26 @@ from torch import Tensor
 from ..errors import MixLoraError
 from ..inference.loading import load_for_inference
 from ..inference.samples import SampleSource, batches, samples_by_task
-from ..method.routing_statistics import POOLS
+from .plot_usage import pool_titles
 
 RESULT, USAGE, MAP, SIMILARITY = "routes.json", "task_usage.png", "route_map.png", "task_similarity.png"
 
 
 @dataclass(frozen=True)
 class TaskRoutes:
-    """Routes of samples: `chosen` by layer name, bool [samples, 2, E], of A and B; `labels` the index of their task."""
+    """Routes of samples.
+
+    `chosen` by layer name, bool [samples, P, E], of the P choices that `pools` are the titles of: pool A and pool B, or
+    one for both with `pairing="same"`; `labels` the index of their task.
+    """
 
     tasks: list[str]
     labels: Tensor
     chosen: dict[str, Tensor]
+    pools: list[str]
 
     def usage(self, layer: str) -> Tensor:
-        """The share of a task's samples that choose a factor, float [tasks, 2, E]."""
+        """The share of a task's samples that choose a factor, float [tasks, P, E]."""
         chosen = self.chosen[layer].float()
         return torch.stack([chosen[self.labels == task].mean(dim=0) for task in range(len(self.tasks))])
 
@@ -60,17 +65,19 @@ def task_routes(model_path: str | Path, model_base: str | None, data: SampleSour
     model = loaded[1]
     if not hasattr(getattr(model, "base_model", None), "routes"):
         raise MixLoraError(f"{model_path} is no MixLoRA adapter, so it has no routes to draw")
+    config = model.peft_config["default"]
+    pools, E = pool_titles(config), config.num_factors
     seen: dict[str, list[Tensor]] = {}
     drawn = [sample for of_task in samples.values() for sample in of_task]
     for batch in batches(drawn, loaded, data, "Routing"):
         with torch.no_grad():
             model(**batch)
         for layer, route in model.base_model.routes().items():
-            both = torch.stack((route.index_A, route.index_B), dim=1).cpu()  # [B, 2, r]
-            E = model.peft_config["default"].num_factors
-            seen.setdefault(layer, []).append(torch.zeros(len(both), 2, E, dtype=torch.bool).scatter_(2, both, True))
+            index = torch.stack((route.index_A, route.index_B)[: len(pools)], dim=1).cpu()  # [B, P, r]
+            chosen = torch.zeros(*index.shape[:2], E, dtype=torch.bool).scatter_(2, index, True)
+            seen.setdefault(layer, []).append(chosen)
     labels = torch.arange(len(samples)).repeat_interleave(data.samples)
-    return TaskRoutes(list(samples), labels, {layer: torch.cat(chosen) for layer, chosen in seen.items()})
+    return TaskRoutes(list(samples), labels, {layer: torch.cat(chosen) for layer, chosen in seen.items()}, pools)
 
 
 def draw_task_routes(routes: TaskRoutes, folder: Path) -> None:
@@ -86,16 +93,22 @@ def draw_task_routes(routes: TaskRoutes, folder: Path) -> None:
         raise MixLoraError(f"plot --data needs {error.name}; pip install 'llava-mixlora[eval]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     usage = {layer: routes.usage(layer).tolist() for layer in routes.chosen}
-    contents = {"tasks": routes.tasks, "usage": usage, "similarity": routes.similarity().tolist()}
+    contents = {
+        "tasks": routes.tasks,
+        "pools": routes.pools,
+        "usage": usage,
+        "similarity": routes.similarity().tolist(),
+    }
     (folder / RESULT).write_text(json.dumps(contents) + "\n", encoding="utf-8")
     layers, tasks = routes.three_layers(), routes.tasks
 
-    figure = Figure(figsize=(4 * len(layers), 2 + 0.4 * len(tasks)), layout="constrained")
-    axes = figure.subplots(2, len(layers), squeeze=False, sharey=True)
+    height = 1 + len(routes.pools) * (0.5 + 0.2 * len(tasks))
+    figure = Figure(figsize=(4 * len(layers), height), layout="constrained")
+    axes = figure.subplots(len(routes.pools), len(layers), squeeze=False, sharey=True)
     for column, layer in enumerate(layers):
-        for axis, pool, share in zip(axes[:, column], POOLS, routes.usage(layer).unbind(dim=1)):
+        for axis, pool, share in zip(axes[:, column], routes.pools, routes.usage(layer).unbind(dim=1)):
             drawn = axis.imshow(share, aspect="auto", vmin=0, vmax=1)
-            axis.set_title(f"{layer}, pool {pool}", fontsize=7)
+            axis.set_title(f"{layer}, {pool}", fontsize=7)
             axis.set_xticks(range(0, share.shape[1], max(1, share.shape[1] // 8)))
             axis.set_yticks(range(len(tasks)), tasks, fontsize=6)
     figure.supxlabel("factor")

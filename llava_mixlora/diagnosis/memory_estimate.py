@@ -66,15 +66,20 @@ SMALLEST_8BIT, OPTIMIZER_BLOCK = 4096, 256
 class RunSettings:
     """The flags of a run that decide its memory. `sequence_length` counts text and image tokens.
 
+    `routing` None stands for the default of [`MixLoraConfig`], and is that once the settings are made.
+
     Raises:
-        MixLoraError: a value is outside its set, or r exceeds num_factors.
+        MixLoraError: a value is outside its set, r exceeds num_factors, or values contradict each other.
     """
 
     num_factors: int = 16
     r: int = 4
     lora_dropout: float = 0.05
-    routing: str = "ifs_cfs"
+    pairing: str = "rank"
+    routing: str | None = None
     router_gradient: str = "straight_through"
+    router_input: str = "hidden"
+    cfs: str = "weights"
     batch_size: int = 16
     sequence_length: int = 2048
     gradient_checkpointing: bool = True
@@ -89,7 +94,7 @@ class RunSettings:
         for name, known in (("optimizer", OPTIMIZERS), ("compute_dtype", tuple(COMPUTE_DTYPES))):
             if getattr(self, name) not in known:
                 raise MixLoraError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
-        self.adapter()
+        object.__setattr__(self, "routing", self.adapter().routing)
 
     def adapter(self) -> MixLoraConfig:
         """The adapter that the run trains."""
@@ -97,8 +102,11 @@ class RunSettings:
             r=self.r,
             num_factors=self.num_factors,
             lora_dropout=self.lora_dropout,
+            pairing=self.pairing,
             routing=self.routing,
             router_gradient=self.router_gradient,
+            router_input=self.router_input,
+            cfs=self.cfs,
             task_type="CAUSAL_LM",
         )
 

@@ -24,9 +24,13 @@ def describe(name: str, result: MemoryEstimate) -> Iterator[str]:
     settings = result.settings
     checkpointing = "on" if settings.gradient_checkpointing else "off"
     yield f"Estimate for MixLoRA on {name}"
+    cfs = f", cfs {settings.cfs}" if settings.routing == "ifs_cfs" else ""
     yield (
-        f"{settings.routing}, num_factors {settings.num_factors}, r {settings.r}; per GPU {settings.batch_size} x "
-        f"{settings.sequence_length} tokens, gradient checkpointing {checkpointing}; "
+        f"{settings.routing}, pairing {settings.pairing}, router input {settings.router_input}{cfs}, "
+        f"num_factors {settings.num_factors}, r {settings.r}"
+    )
+    yield (
+        f"per GPU {settings.batch_size} x {settings.sequence_length} tokens, gradient checkpointing {checkpointing}; "
         f"{settings.gpus} GPU{'s' * (settings.gpus > 1)}, {settings.optimizer}, {settings.compute_dtype}"
     )
     yield from (f"note: {note}" for note in result.notes)

@@ -23,10 +23,12 @@ PAPER = "https://arxiv.org/abs/2402.15896"
 TEMPLATE_GAP = "[More Information Needed]"
 RESULTS, TRAINING = "## Results", "## Training"
 SETTINGS = (
-    *("r", "num_factors", "lora_alpha", "lora_dropout", "routing", "router_gradient", "router_scope", "count_padding"),
-    *("decode_routing", "cfs_product", "balance_loss_weight", "bias"),
+    *("pairing", "routing", "num_factors", "r", "lora_alpha", "lora_dropout"),
+    *("router_gradient", "router_init", "router_scope", "router_input", "count_padding", "decode_routing"),
+    *("balance_loss_weight", "task_loss_weight", "bias"),
 )
-SETTINGS_WHERE_GIVEN = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
+SETTINGS_OF_CFS = ("cfs", "cfs_temperature", "cfs_product")
+SETTINGS_WHERE_GIVEN = ("tasks", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform")
 VERSIONS = ("llava-mixlora", "peft", "transformers", "torch", "deepspeed", "bitsandbytes")
 
 
@@ -49,6 +51,13 @@ class TrainingRecord:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     loading: str | None = None
     pipeline_tag: str | None = None
+
+
+def settings_of(config: PeftConfig) -> dict[str, Any]:
+    """By name, the fields of a [`MixLoraConfig`] that tell what the adapter does, without those that say nothing."""
+    names = [*SETTINGS, *(SETTINGS_OF_CFS if config.routing == "ifs_cfs" else ())]
+    names += [name for name in SETTINGS_WHERE_GIVEN if getattr(config, name)]
+    return {name: getattr(config, name) for name in names}
 
 
 def write_card(config: PeftConfig, folder: str | Path, record: TrainingRecord | None = None) -> None:
@@ -111,8 +120,7 @@ def _lines(config: PeftConfig, folder: Path, base: str | None, record: TrainingR
     yield ""
     yield "## Method and settings"
     yield ""
-    given = {name: getattr(config, name) for name in SETTINGS_WHERE_GIVEN if getattr(config, name)}
-    yield from _table(("setting", "value"), {name: getattr(config, name) for name in SETTINGS} | given)
+    yield from _table(("setting", "value"), settings_of(config))
     yield ""
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         yield "## Parameters"
@@ -154,7 +162,7 @@ def _table(titles: tuple[str, str], rows: dict[str, Any]) -> Iterator[str]:
     yield f"| {titles[0]} | {titles[1]} |"
     yield "| --- | --- |"
     for name, value in rows.items():
-        shown = f"{value:,}" if titles[1] == "number" else f"{value}"
+        shown = f"{value:,}" if titles[1] == "number" else f"{value}".replace("|", r"\|")
         yield f"| {name} | {shown} |".replace("\n", " ")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ class RoutingCallback(TrainerCallback):
     `mixlora_router_entropy_A` and `_B`: entropy of the routers' probabilities (not with `routing="random"`);
     `mixlora_dead_share_A` and `_B`: share of factors that no instance chose; `mixlora_usage_balance_A` and `_B`: share
     of the pool in effective use. `routing_statistics` has the formulas. Shares and balance are of all processes; the
-    entropy is of what this process saw.
+    entropy is of what this process saw. With `pairing="same"`, whose one router chooses for both pools, there are the
+    figures of pool A alone: those of pool B would be the same.
 
     A Trainer puts its reporters before the callbacks that it is given, calls all in order and passes the logs along. So
     this one moves itself to the front, when the Trainer has been made and again when training begins. Where something
@@ -120,14 +121,15 @@ class RoutingCallback(TrainerCallback):
     def _figures(self, model: nn.Module) -> dict[str, float]:
         counted = dict(_usage(model))
         since = [count - self._counted[adapter] for adapter, count in counted.items() if adapter in self._counted]
+        pools = _pools(model)
         figures = {}
         if since and any(bool(count.any()) for count in since):
             dead = torch.cat([dead_share(count) for count in since])  # [layers, 2]
             balance = torch.cat([usage_balance(count) for count in since])
-            figures.update(_by_pool("mixlora_dead_share", dead.mean(dim=0)))
-            figures.update(_by_pool("mixlora_usage_balance", balance.nanmean(dim=0)))  # NaN: a layer that was not run
+            figures.update(_by_pool("mixlora_dead_share", dead.mean(dim=0), pools))
+            figures.update(_by_pool("mixlora_usage_balance", balance.nanmean(dim=0), pools))  # NaN: a layer not run
         if self._entropy.count:
-            figures.update(_by_pool("mixlora_router_entropy", self._entropy.total / self._entropy.count))
+            figures.update(_by_pool("mixlora_router_entropy", self._entropy.total / self._entropy.count, pools))
         self._counted, self._entropy = counted, _Mean()
         return figures
 
@@ -189,5 +191,10 @@ def _entropies(model: nn.Module) -> Tensor | None:
     return torch.cat([row.to(rows[0].device) for row in rows]) if rows else None
 
 
-def _by_pool(name: str, values: Tensor) -> dict[str, float]:
-    return {f"{name}_{pool}": value for pool, value in zip(POOLS, values.tolist())}
+def _pools(model: nn.Module) -> Sequence[str]:
+    """Those whose figures differ: A alone where all active adapters have one choice for both."""
+    return POOLS[:1] if all(layer.settings[name].pairing == "same" for layer, name in _active(model)) else POOLS
+
+
+def _by_pool(name: str, values: Tensor, pools: Sequence[str]) -> dict[str, float]:
+    return {f"{name}_{pool}": value for pool, value in zip(pools, values.tolist())}

@@ -125,6 +125,11 @@ def test_adapter_has_the_authors_settings(converted):
     assert (config.r, config.num_factors, config.lora_alpha, config.routing) == (3, 8, 16, "ifs_cfs")
     assert (config.router_gradient, config.router_scope, config.count_padding) == ("none", "sequence", True)
     assert (config.decode_routing, config.cfs_product, config.inference_mode) == ("step", "sums", True)
+    assert (config.pairing, config.router_input, config.cfs, config.cfs_temperature) == ("rank", "hidden", "weights", 1)
+
+
+def test_adapter_is_of_the_first_format_which_older_versions_read(converted):
+    assert json.loads((converted() / "adapter_config.json").read_text())["format_version"] == 1
 
 
 def test_pickled_options_say_the_same_as_json(golden, tmp_path):

@@ -3,21 +3,33 @@
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from peft import get_peft_model
 from PIL import Image
 
 from llava_mixlora import MixLoraConfig
+from llava_mixlora.analysis.plot_usage import plot
 from llava_mixlora.cli import main
 
 from ...tiny import random_ids
 
 
 @pytest.fixture
-def adapter(llama, tmp_path):
-    model = get_peft_model(llama, MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM")).train()
-    model(input_ids=random_ids(3, 5))
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+def write(llama, tmp_path):
+    """Writes an adapter that was trained."""
+
+    def write(**options):
+        model = get_peft_model(llama, MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM", **options)).train()
+        model(input_ids=random_ids(3, 5))
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return write
+
+
+@pytest.fixture
+def adapter(write):
+    return write()
 
 
 def test_picture_is_drawn(adapter, tmp_path, capsys):
@@ -27,6 +39,15 @@ def test_picture_is_drawn(adapter, tmp_path, capsys):
     for file in (adapter / "usage.png", tmp_path / "new" / "other.png"):
         with Image.open(file) as picture:
             assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+@pytest.mark.parametrize(("pairing", "panels"), [("rank", ["pool A", "pool B"]), ("same", ["pools A and B alike"])])
+def test_a_panel_is_drawn_for_each_choice_of_factors(write, pairing, panels, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.extend(figure.axes))
+    plot(write(pairing=pairing), tmp_path / "usage.png")
+    assert [axis.get_title() for axis in drawn if axis.images] == panels
+    assert all(axis.images[0].get_array().shape == (14, 6) for axis in drawn if axis.images)
 
 
 def test_adapter_without_statistics_is_refused(llama, tmp_path, capsys):

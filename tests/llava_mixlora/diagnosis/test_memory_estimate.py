@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
+from llava_mixlora.cli import main
 
 if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("transformers 4.37 cannot run a step on shapes alone", allow_module_level=True)
@@ -177,6 +178,54 @@ def test_parameters_are_those_of_the_real_model(make_llava, routing):
     assert (kinds["routers"] > 0, kinds["cfs"] > 0) == (routing != "random", routing == "ifs_cfs")
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"pairing": "same"},
+        {"pairing": "same", "router_input": "words"},
+        {"router_input": "words"},
+        {"cfs": "table"},
+    ],
+)
+def test_parameters_of_further_forms_are_those_of_the_real_model(make_llava, form):
+    settings = RunSettings(num_factors=8, r=2, **form)
+    real, config = make_llava("tiny", settings)
+    kinds = trained_by_kind(build(config, settings, 16))
+    assert sum(kinds.values()) == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert base_bytes(build(config, settings, 16).language, 16) == base_bytes(real, 16) - tower_bytes(real)
+
+
+def tower_bytes(real):
+    tower = real.get_model().get_vision_tower()
+    return stored_bytes(tower.parameters()) + stored_bytes(tower.buffers())
+
+
+def test_one_router_and_no_cfs_are_what_equal_pairing_saves(tmp_path):
+    """At 7B that is 91 of 170 million numbers; the sizes here are a Llama-7B's in one layer."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_CONFIG, **sizes, "num_hidden_layers": 1}))
+    config = read_model_config(str(tmp_path), "none")
+    kinds = {pairing: trained_by_kind(build(config, RunSettings(pairing=pairing), 16)) for pairing in ("rank", "same")}
+    saved = sum(kinds["rank"].values()) - sum(kinds["same"].values())
+    assert saved == kinds["rank"]["routers"] // 2 + kinds["rank"]["cfs"] == (16 + 4 * 16) * (6 * 4096 + 11008)
+
+
+def test_routing_that_is_not_given_is_what_the_pairing_allows():
+    assert RunSettings().routing == "ifs_cfs" and RunSettings(pairing="same").routing == "ifs"
+
+
+def test_flags_of_the_command_describe_the_form(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    words = ["doctor", "--estimate", str(tmp_path), "--vision-tower", "none", "--bits", "16", "--sequence-length", "8"]
+    assert main([*words, "--pairing", "same", "--router-input", "words", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["pairing"], settings["routing"], settings["router_input"]) == ("same", "ifs", "words")
+    assert main([*words, "--cfs", "table"]) == 0
+    assert "ifs_cfs, pairing rank, router input hidden, cfs table, num_factors 16, r 4" in capsys.readouterr().out
+    assert main([*words, "--pairing", "same", "--routing", "ifs_cfs"]) == 1
+    assert "routing='ifs_cfs' chooses B factors by the A factors" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_frozen_routers_are_not_counted_as_trained(make_llava):
     settings = RunSettings(router_gradient="none")
     real, config = make_llava("tiny", settings)
@@ -238,6 +287,15 @@ def test_activations_agree_with_a_real_step(make_llava, size, compute_dtype, bat
     )
     real, config = make_llava(size, settings)
     measured = measured_peak(real, batch(size, batch_size, settings), settings)
+    assert activation_bytes(config, settings, [16])[16] == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [{"pairing": "same"}, {"pairing": "same", "router_input": "words"}])
+def test_activations_of_further_forms_agree_with_a_real_step(make_llava, form):
+    settings = RunSettings(compute_dtype="fp32", batch_size=2, sequence_length=LENGTH["larger"], **form)
+    real, config = make_llava("larger", settings)
+    measured = measured_peak(real, batch("larger", 2, settings), settings)
     assert activation_bytes(config, settings, [16])[16] == pytest.approx(measured, rel=TOLERANCE)
 
 
@@ -308,6 +366,9 @@ def test_a_missing_model_is_named(source):
         ({"batch_size": 0}, "batch_size=0"),
         ({"gpus": 0}, "gpus=0"),
         ({"r": 17}, "r=17"),
+        ({"pairing": "pairs"}, "pairing='pairs'"),
+        ({"router_input": "pictures"}, "router_input='pictures'"),
+        ({"pairing": "same", "cfs": "table"}, "cfs='table' has no meaning"),
         ({"optimizer": "sgd"}, "optimizer='sgd'"),
         ({"compute_dtype": "int8"}, "compute_dtype='int8'"),
     ],

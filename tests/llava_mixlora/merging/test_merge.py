@@ -153,6 +153,50 @@ def test_one_route_for_all_inputs_merges_exactly_by_every_method(base, data, ima
     assert fidelity.agreement[method].kl < 1e-5 and fidelity.agreement[method].same_token == 1
 
 
+# --- further forms of the method
+
+FORMS = [
+    {"pairing": "same", "router_scope": "instruction"},
+    {"pairing": "same", "router_input": "words"},
+    {"routing": "ifs_cfs", "router_input": "words", "cfs": "table", "cfs_temperature": 0.5},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_merges_by_its_statistics_as_peft_does(base, images, tmp_path, form):
+    adapter = write_adapter(base, tmp_path / "llava-mixlora", **form)
+    fidelity = merge.merge(adapter, None, tmp_path / "llava-merged")
+    assert len(fidelity.training) == 14 and all(0 < row["lstsq"] <= row["mean"] for row in fidelity.training.values())
+    # Nothing of the method's own, such as the sums of word vectors, is left in the checkpoint.
+    assert not [name for name in load_file(tmp_path / "llava-merged" / "model.safetensors") if "mixlora" in name]
+    model = PeftModel.from_pretrained(with_projector(base, adapter), adapter)
+    assert_same(logits(plain(tmp_path / "llava-merged"), images), logits(model.merge_and_unload(), images))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_exported_and_judged_on_held_out_data(base, data, images, tmp_path, form):
+    adapter = write_adapter(base, tmp_path / "llava-mixlora", **form)
+    exported = tmp_path / "llava-exported-lora"
+    fidelity = merge.export_lora(adapter, None, exported, "lstsq", given(data))
+    assert len(fidelity.heldout) == 14 and all(0 <= row["lstsq"] < 2 for row in fidelity.heldout.values())
+    assert fidelity.agreement["lstsq"].tokens > 2
+    assert {name.rpartition(".lora_")[2] for name in load_file(exported / "adapter_model.safetensors")} == {
+        "A.weight",
+        "B.weight",
+    }
+    model = PeftModel.from_pretrained(with_projector(base, adapter), exported)
+    assert logits(model, images).isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_route_of_any_form_merges_exactly(base, images, tmp_path, form):
+    adapter = write_adapter(base, tmp_path / "llava-one-route-mixlora", one_route=True, **form)
+    fidelity = merge.merge(adapter, None, tmp_path / "llava-merged")
+    dynamic = logits(PeftModel.from_pretrained(with_projector(base, adapter), adapter), images)
+    assert_same(logits(plain(tmp_path / "llava-merged"), images), dynamic)
+    assert all(error < 1e-4 for row in fidelity.training.values() for error in row.values())
+
+
 # --- exporting
 
 

@@ -40,6 +40,26 @@ def test_card_tells_settings_parameters_and_versions(model, tmp_path):
     assert "Data and hyperparameters are not recorded." in card
 
 
+def test_card_tells_the_options_that_an_adapter_has(llama, tmp_path):
+    names = ["what|where", "shape"]
+    options = {"pairing": "same", "router_input": "words", "router_scope": "instruction", "router_init": "zero"}
+    adapted = get_peft_model(llama, MixLoraConfig(**options, task_loss_weight=0.1, tasks=names, task_type="CAUSAL_LM"))
+    card = card_of(adapted, tmp_path)
+    settings = rows_of(card.replace(r"what\|where", "what or where"), "Method and settings")
+    assert settings.items() >= {**options, "task_loss_weight": "0.1", "routing": "ifs"}.items()
+    assert settings["tasks"] == "['what or where', 'shape']" and "cfs_temperature" not in settings
+    trained = sum(p.numel() for name, p in adapted.named_parameters() if "mixlora_" in name)
+    assert rows_of(card, "Parameters")["total"] == f"{trained:,}"  # without the sums of words
+
+
+def test_card_tells_how_cfs_scores_where_there_is_cfs(llama, tmp_path):
+    options = {"cfs": "table", "cfs_temperature": 0.5}
+    card = card_of(get_peft_model(llama, MixLoraConfig(**options, task_type="CAUSAL_LM")), tmp_path)
+    settings = rows_of(card, "Method and settings")
+    assert settings.items() >= {"cfs": "table", "cfs_temperature": "0.5", "cfs_product": "inner"}.items()
+    assert "tasks" not in settings
+
+
 def test_card_is_one_that_the_hub_reads(model, tmp_path):
     card_of(model, tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data

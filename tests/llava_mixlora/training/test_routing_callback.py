@@ -41,10 +41,10 @@ class Watcher(TrainerCallback):
 
 @pytest.fixture
 def trainer(llama, tmp_path):
-    def build(callbacks, mixlora=True, routing="ifs_cfs", add=True, **options):
+    def build(callbacks, mixlora=True, routing="ifs_cfs", pairing="rank", add=True, **options):
         options = {"report_to": "none", "save_strategy": "no", "max_steps": 4, "logging_steps": 2, **options}
         if mixlora:
-            config = MixLoraConfig(r=2, num_factors=6, routing=routing, task_type="CAUSAL_LM")
+            config = MixLoraConfig(r=2, num_factors=6, routing=routing, pairing=pairing, task_type="CAUSAL_LM")
             model = randomise(get_peft_model(llama, config))
         else:
             model = llama
@@ -103,6 +103,17 @@ def test_random_routing_has_no_router_to_tell_of(trainer):
     reporter = Reporter()
     trainer([reporter], routing="random").train()
     assert "mixlora_dead_share_A" in reporter.logs[0] and "mixlora_router_entropy_A" not in reporter.logs[0]
+
+
+@pytest.mark.parametrize("routing", ["ifs", "random"])
+def test_one_choice_for_both_pools_is_logged_once_as_pool_a(trainer, routing):
+    reporter = Reporter()
+    trainer([reporter], routing=routing, pairing="same").train()
+    logs = [logs for logs in reporter.logs if "loss" in logs][1]
+    entropy = {"mixlora_router_entropy_A"} if routing == "ifs" else set()
+    assert {key for key in logs if "mixlora" in key} == {"mixlora_dead_share_A", "mixlora_usage_balance_A"} | entropy
+    since = (reporter.usage[1] - reporter.usage[0])[:, 0]
+    assert logs["mixlora_dead_share_A"] == pytest.approx(dead_share(since).mean().item())
 
 
 def test_second_run_starts_anew(trainer):
