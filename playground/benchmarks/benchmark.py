@@ -31,7 +31,16 @@ from llava_mixlora.inputs import read_conversations
 from playground import PLAYGROUND
 from playground.atomic import write_json
 from playground.benchmarks import benchmark_gpu
-from playground.benchmarks.variants import FROZEN, MATERIALISED, MIXLORA, POOLS, REFERENCE, MaterialisedUpdate, adapters
+from playground.benchmarks.variants import (
+    FROZEN,
+    MATERIALISED,
+    MIXLORA,
+    POOLS,
+    REFERENCE,
+    MaterialisedUpdate,
+    adapters,
+    measured,
+)
 from playground.measuring import machine, peak_bytes, take_turns
 
 INSTANCES = 4
@@ -173,23 +182,23 @@ def table(results: Results) -> str:
 
 def markdown(stored: dict[str, Any]) -> str:
     """The contents of the JSON file as a Markdown table: a line per case, times and bytes in units of LoRA r=E's."""
-    variants = [FROZEN, "LoRA r", *MIXLORA, MATERIALISED]
+    by_case: dict[str, dict[str, Any]] = {}
+    for benchmark in stored.values():
+        for row in benchmark["results"]:
+            by_case.setdefault(row["case"], {})[row["variant"]] = row
+    variants = measured([FROZEN, "LoRA r", *MIXLORA, MATERIALISED], by_case.values())
     lines = [
         f"| case | {REFERENCE} | {' | '.join(variants)} | ifs_cfs: saved | ifs_cfs: peak |",
         "| --- |" + " --- |" * (len(variants) + 3),
     ]
-    for benchmark in stored.values():
-        by_case: dict[str, dict[str, Any]] = {}
-        for row in benchmark["results"]:
-            by_case.setdefault(row["case"], {})[row["variant"]] = row
-        for case, rows in by_case.items():
-            cells = [f"{rows[REFERENCE]['milliseconds']:.1f} ms"]
-            cells += [f"{rows[name]['milliseconds_ratio']:.2f}" if name in rows else "" for name in variants]
-            bytes_of = rows["MixLoRA ifs_cfs"]
-            cells += [
-                f"{bytes_of[key]:.2f}" if key in bytes_of else "" for key in ("saved_bytes_ratio", "peak_bytes_ratio")
-            ]
-            lines.append(f"| {case} | {' | '.join(cells)} |")
+    for case, rows in by_case.items():
+        cells = [f"{rows[REFERENCE]['milliseconds']:.1f} ms"]
+        cells += [f"{rows[name]['milliseconds_ratio']:.2f}" if name in rows else "" for name in variants]
+        bytes_of = rows["MixLoRA ifs_cfs"]
+        cells += [
+            f"{bytes_of[key]:.2f}" if key in bytes_of else "" for key in ("saved_bytes_ratio", "peak_bytes_ratio")
+        ]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,18 @@ from llava_mixlora.method.model import LLAMA_LINEAR_LAYERS
 
 POOLS = ((16, 4), (64, 8))  # E, r
 FROZEN, REFERENCE, MATERIALISED = "frozen base", "LoRA r=E", "materialised"
-MIXLORA = {"MixLoRA ifs": "ifs", "MixLoRA ifs_cfs": "ifs_cfs"}
+TWO_ROUTERS = {"pairing": "rank", "router_scope": "prompt"}
+MIXLORA = {
+    "MixLoRA same": {"pairing": "same", "router_scope": "instruction", "routing": "ifs"},
+    "MixLoRA ifs": {**TWO_ROUTERS, "routing": "ifs"},
+    "MixLoRA ifs_cfs": {**TWO_ROUTERS, "routing": "ifs_cfs"},
+}
+
+
+def measured(names: Iterable[str], cases: Iterable[Container[str]]) -> list[str]:
+    """Those of the variants that a case has: stored figures may be older than a variant."""
+    cases = list(cases)
+    return [name for name in names if any(name in case for case in cases)]
 
 
 def adapters(E: int, r: int) -> dict[str, Any]:
@@ -23,7 +35,7 @@ def adapters(E: int, r: int) -> dict[str, Any]:
         FROZEN: None,
         "LoRA r": LoraConfig(r=r, **common),
         REFERENCE: LoraConfig(r=E, **common),
-        **{name: MixLoraConfig(r=r, num_factors=E, routing=kind, **common) for name, kind in MIXLORA.items()},
+        **{name: MixLoraConfig(r=r, num_factors=E, **form, **common) for name, form in MIXLORA.items()},
     }
 
 

@@ -48,8 +48,8 @@ def test_training_leaves_the_shared_base_as_it_is(narrow):
 
 def test_variants_need_the_base_and_what_they_train(narrow):
     base = resident_bytes(narrow)
-    frozen, lora, ifs, ifs_cfs, _ = (row["peak_bytes"] for row in train(narrow))
-    assert base < frozen < lora < ifs < ifs_cfs
+    frozen, lora, same, ifs, ifs_cfs, _ = (row["peak_bytes"] for row in train(narrow))
+    assert base < frozen < lora < same < ifs < ifs_cfs
 
 
 def test_quantized_base_is_smaller_and_trains():
@@ -145,6 +145,29 @@ def test_goals_name_the_worst_case():
     assert qlora.startswith("- met") and "15.000" in qlora
     assert len(goals({**settings, "batch_size": 8}, taken)) == 4  # the last is about 4 instances
     assert "at size narrow" in goals({**settings, "size": "narrow"}, taken)[0]
+
+
+def test_every_variant_runs_as_one_layer():
+    x = torch.randn(benchmark.INSTANCES, 5, 8)
+    variants = benchmark._layer_variants(8, 12, 4, 2)
+    assert [*variants] == [FROZEN, "LoRA r", REFERENCE, *MIXLORA, MATERIALISED]
+    assert {module(x).shape for module in variants.values()} == {(benchmark.INSTANCES, 5, 12)}
+    trained = {name: sum(p.numel() for p in each.parameters() if p.requires_grad) for name, each in variants.items()}
+    assert trained["MixLoRA ifs"] - trained["MixLoRA same"] == 4 * 8  # one router of E=4
+
+
+def test_figures_from_before_a_variant_existed_are_shown_without_it():
+    older = [REFERENCE, "MixLoRA ifs", "MixLoRA ifs_cfs", MATERIALISED]
+    rows = [{"case": "step", **row(name, 100, 1.0), "saved_bytes_ratio": 1.0} for name in older]
+    tables = {"step": {"rows": rows}}, {"train": {"results": rows}}
+    for shown in (markdown(tables[0]), benchmark.markdown(tables[1])):
+        head, rule, line = shown.splitlines()
+        assert "MixLoRA ifs_cfs" in head and "MixLoRA same" not in head
+        assert head.count("|") == rule.count("|") == line.count("|")
+    assert "MixLoRA same" not in "".join(goals({"size": "narrow"}, {"bf16 train, E=4, r=2": {"rows": rows}}))
+    newer = [*rows, {"case": "step", **row("MixLoRA same", 90, 0.9)}]
+    assert "| MixLoRA same | MixLoRA ifs |" in benchmark.markdown({"train": {"results": newer}})
+    assert "| 0.90 | 1.00 |" in markdown({"step": {"rows": newer}})
 
 
 @pytest.mark.slow
