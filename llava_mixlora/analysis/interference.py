@@ -12,7 +12,7 @@ so there is nothing to compare with: measure a `checkpoint-N` from the middle, o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from ..method.routing_statistics import POOLS
 from ..method.tensor_names import PEFT_PREFIX
 from .interference_estimate import FEWEST_BATCHES, MEAN_OF_RATIOS, RATIO_OF_MEANS, estimate
 from .interference_report import Interference
+from .recommendation import recommend
+from .separability import PictureMeans, separability
 
 FACTORS = {pool: (f"mixlora_{pool}", f"lora_{pool}") for pool in POOLS}
 GRADIENTS = 4 << 30  # bytes of gradients that are held at a time; the data are read again for further layers
@@ -42,7 +44,8 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "For each pair of tasks, and for A and B of each layer: what a gradient step on the one does to the other's "
         "loss, in units of what the other's own step does. 1: as good; 0: nothing; below 0: harm. Measure a checkpoint "
-        "from the middle of training, on data that is not trained on. Needs matplotlib for the heatmaps."
+        "from the middle of training, on data that is not trained on. Ends in a recommendation: whether routing would "
+        "help, and which option. Needs matplotlib for the heatmaps."
     )
     parser.epilog = (
         "example: llava-mixlora interference output/llava-mixlora/checkpoint-100 --data heldout.json "
@@ -125,6 +128,7 @@ def interference(
         model.bfloat16()  # gradients underflow in float16
     parameters = factor_parameters(model, layers)
     fix_routes(model)
+    pictures = PictureMeans(model)
     task_of_batch = [task for task in samples for _ in range(number)]
     drawn = [sample for of_task in samples.values() for sample in of_task]
 
@@ -147,8 +151,20 @@ def interference(
         of_pool = {layer: gram for (p, layer), gram in grams.items() if p == pool}
         found.by_layer[pool] = {layer: estimate(gram, estimator) for layer, gram in of_pool.items()}
         # The gradient of all layers' factors is that of each behind the other, so its inner products are sums.
-        found.together[pool] = estimate(torch.stack(list(of_pool.values())).double().sum(dim=0), estimator)
+        found.together[pool] = estimate(_sum(of_pool.values()), estimator)
+    embeddings = model.get_base_model().get_input_embeddings()
+    found.recommendation = recommend(
+        found.tasks,
+        estimate(_sum(grams.values()), estimator),
+        [one for of_pool in found.by_layer.values() for one in of_pool.values()],
+        separability(samples, loaded[0], embeddings, pictures.of_first(len(drawn))),
+        routed=bool(adapted_layers(model)),
+    )
     return found
+
+
+def _sum(grams: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(grams)).double().sum(dim=0)
 
 
 def factor_parameters(model: nn.Module, layers: Sequence[str] = ()) -> dict[Key, nn.Parameter]:

@@ -40,6 +40,11 @@ class Estimate:
         gains: the mean of gain(x_i, x_j): how fast i's loss falls with the length of a step on j.
         gain_errors: standard errors of `gains`.
         measurable: bool [T], whether a task's own gain stands out from zero by [`MEASURABLE`].
+        from_others: float64 [T], the sum of I_ij over the other tasks j: what a step on each of them does to i.
+            -1: they undo i's own step; 0: nothing; T - 1: each is as good as i's own. NaN as in `interference`.
+        from_others_error: standard errors of `from_others`.
+        mean_from_others: of the measurable tasks; NaN when there are none.
+        mean_from_others_error: its standard error.
         halves_correlation: of the entries beside the diagonal in one half of the batches with those in the other; NaN
             when there are fewer than four batches of a task, or fewer than two measurable entries.
     """
@@ -49,6 +54,10 @@ class Estimate:
     gains: Tensor
     gain_errors: Tensor
     measurable: Tensor
+    from_others: Tensor
+    from_others_error: Tensor
+    mean_from_others: float
+    mean_from_others_error: float
     halves_correlation: float
 
     def others(self) -> tuple[Tensor, Tensor]:
@@ -75,12 +84,19 @@ def estimate(gram: Tensor, estimator: str = RATIO_OF_MEANS) -> Estimate:
     unknown = ~measurable.unsqueeze(1)
     first_half = (torch.arange(K) % 2 == 0).double().expand(T, K)
     halves = [ratio(pairs, half) for half in (first_half, 1 - first_half)]
+    interference, without_one = ratio(pairs, everything), ratio(pairs, all_but_one)
+    # Entries of a row share the batches whose loss changes, so the error of their sum is not that of the entries.
+    sums, sums_without_one = (found.sum(dim=-1) - 1 for found in (interference, without_one))
     return Estimate(
-        interference=ratio(pairs, everything).masked_fill(unknown, torch.nan),
-        error=_jackknife(ratio(pairs, all_but_one)).masked_fill(unknown, torch.nan),
+        interference=interference.masked_fill(unknown, torch.nan),
+        error=_jackknife(without_one).masked_fill(unknown, torch.nan),
         gains=gains,
         gain_errors=gain_errors,
         measurable=measurable,
+        from_others=sums.masked_fill(~measurable, torch.nan),
+        from_others_error=_jackknife(sums_without_one).masked_fill(~measurable, torch.nan),
+        mean_from_others=float(sums[measurable].mean()),
+        mean_from_others_error=float(_jackknife(sums_without_one[..., measurable].mean(dim=-1))),
         halves_correlation=_correlation(*(half[_beside_diagonal(measurable)] for half in halves)),
     )
 
@@ -128,7 +144,7 @@ def _beside_diagonal(measurable: Tensor) -> Tensor:
 
 
 def _jackknife(without: Tensor) -> Tensor:
-    """Standard errors [T, T] from the values [T, K, T, T] that leave one of K batches of one of T tasks out."""
+    """Standard errors [...] from the values [T, K, ...] that leave one of K batches of one of T tasks out."""
     K = without.shape[1]
     deviations = without - without.mean(dim=1, keepdim=True)
     return (deviations.square().sum(dim=(0, 1)) * (K - 1) / K).sqrt()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from .interference_estimate import MEASURABLE, Estimate
+from .recommendation import Recommendation
 
 RESULT, PICTURE = "interference.json", "interference.png"
 ALL_LAYERS = "all layers"
@@ -19,6 +20,7 @@ NOT_MEASURED = (
     f"-: not measurable, since the task's own gain is not {MEASURABLE:.0f} standard errors above zero. Ask for more "
     "--samples, or measure a checkpoint from the middle of training (ADAPTER/checkpoint-N) instead of the end."
 )
+LETTERS = 12  # of a title in an inch
 MOST_NUMBERS = 16  # tasks, up to which the cells of a heatmap have room for their values
 
 
@@ -26,7 +28,7 @@ MOST_NUMBERS = 16  # tasks, up to which the cells of a heatmap have room for the
 class Interference:
     """Estimates by pool (`"A"`, `"B"`): `together` of a step on all layers at once, `by_layer` by layer name.
 
-    `batches` of `batch_size` samples were drawn of each task, with `seed`.
+    `batches` of `batch_size` samples were drawn of each task, with `seed`. `recommendation` is what all of it advises.
     """
 
     adapter: str
@@ -37,6 +39,7 @@ class Interference:
     estimator: str
     together: dict[str, Estimate] = field(default_factory=dict)
     by_layer: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    recommendation: Recommendation | None = None
 
     def save(self, folder: Path) -> None:
         """Write `interference.json`, and `interference.png` where matplotlib is installed."""
@@ -46,11 +49,13 @@ class Interference:
         contents["by_layer"] = {
             pool: {layer: _as_json(found) for layer, found in layers.items()} for pool, layers in self.by_layer.items()
         }
+        if self.recommendation:
+            contents["recommendation"] = _listed(asdict(self.recommendation))
         (folder / RESULT).write_text(json.dumps(contents) + "\n", encoding="utf-8")
         self._draw(folder / PICTURE)
 
     def lines(self) -> Iterator[str]:
-        """What a command prints: a step on all layers at once."""
+        """What a command prints: a step on all layers at once, and the recommendation."""
         width = max(map(len, self.tasks))
         for pool, found in self.together.items():
             yield f"{pool} of all layers. Row: the task whose loss changes; column: the task of the step; own step: 1"
@@ -61,6 +66,10 @@ class Interference:
             yield ""
         if not all(found.measurable.all() for found in self.together.values()):
             yield NOT_MEASURED
+            yield ""
+        if self.recommendation:
+            yield "Recommendation"
+            yield from self.recommendation.lines()
 
     def _summary(self, found: Estimate) -> Iterator[str]:
         others, errors = found.others()
@@ -102,7 +111,10 @@ class Interference:
         figure.supylabel("task whose loss changes", fontsize=9)
         figure.colorbar(picture, ax=axes, shrink=0.7, extend="both", label="red: harms, blue: helps; own step: 1")
         figure.suptitle(
-            f"Task interference: {Path(self.adapter).resolve().name} ({self.estimator}; hatched: not measurable)",
+            f"Task interference: {Path(self.adapter).resolve().name} ({self.estimator}; hatched: not measurable)"
+            + (
+                f"\n{self.recommendation.headline(int(LETTERS * figure.get_figwidth()))}" if self.recommendation else ""
+            ),
             fontsize=10,
         )
         figure.savefig(file, dpi=130)
@@ -134,6 +146,8 @@ def _as_json(found: Estimate) -> dict[str, Any]:
 def _listed(value: Any) -> Any:
     if isinstance(value, Tensor):
         value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _listed(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_listed(item) for item in value]
     if isinstance(value, float):

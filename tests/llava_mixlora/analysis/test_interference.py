@@ -177,6 +177,22 @@ def test_gradients_that_do_not_fit_at_once_are_taken_in_passes(llama, monkeypatc
     assert list(in_passes) == list(at_once) and all(torch.equal(in_passes[key], at_once[key]) for key in at_once)
 
 
+def test_recommendation_looks_at_each_picture_once_in_however_many_passes(adapters, given, monkeypatch):
+    found, seen = [], []
+    find = interference.separability
+
+    def noted(samples, tokenizer, embeddings, pictures):
+        seen.append(pictures)
+        return find(samples, tokenizer, embeddings, pictures)
+
+    monkeypatch.setattr(interference, "separability", noted)
+    for gradients in (interference.GRADIENTS, 2 * 4 * 6 * 4 * 32):
+        monkeypatch.setattr(interference, "GRADIENTS", gradients)
+        found.append(interference.interference(adapters["LoRA"], None, given).recommendation)
+    assert len(seen[0]) == 12 and torch.equal(*seen) and len(seen[0].unique(dim=0)) == 12
+    assert found[0].figures["words"] == found[1].figures["words"] is not None
+
+
 def test_every_batch_is_of_one_task_and_shares_no_sample(adapters, given, monkeypatch):
     seen = []
 
@@ -206,6 +222,8 @@ def test_command_measures_adapters_of_both_kinds(adapters, llava_folder, data, t
     assert "A of all layers" in done.stdout and "B of all layers" in done.stdout
     assert "Gradients: 100%" in done.stderr and "6/6" in done.stderr
     found = json.loads((tmp_path / "out" / "interference.json").read_text())
+    assert found["recommendation"]["text"] in " ".join(done.stdout.split())
+    assert ("own routes" in found["recommendation"]["text"]) == (kind == "MixLoRA")
     assert found["tasks"] == ["color", "shape"] and found["batches"] == found["batch_size"] == 3
     assert len(found["by_layer"]["A"]) == len(found["by_layer"]["B"]) == 14
     for pool in "AB":
@@ -234,7 +252,7 @@ def test_what_is_not_measurable_is_shown_as_such(tmp_path):
     assert table["noise"] == ["-", "-", "-"]
     assert table["one"][0] == "1.00" and float(table["one"][1]) == pytest.approx(-1, abs=0.1)
     assert any(line.startswith("2 of 3 tasks measurable") for line in lines)
-    assert "middle of training" in lines[-1]
+    assert "middle of training" in [line for line in lines if line][-1]
     report.save(tmp_path)
     found = json.loads((tmp_path / "interference.json").read_text())["all_layers"]["A"]
     assert found["interference"][2] == [None] * 3 and found["measurable"] == [True, True, False]
@@ -247,7 +265,8 @@ def test_fresh_adapter_has_nothing_to_measure_in_A(llava_folder, data, tmp_path,
     model.config.save_pretrained(adapter)
     model.save_pretrained(adapter)
     assert main(words(adapter, data, "--samples", 3, "--batch-size", 1)) == 0
-    assert "0 of 2 tasks measurable" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 of 2 tasks measurable" in printed and "Whether these tasks interfere cannot be told" in printed
     found = json.loads((adapter / "interference" / "interference.json").read_text())["all_layers"]
     assert found["A"]["interference"] == [[None, None]] * 2 and found["B"]["gains"][0][0] is not None
 

@@ -54,6 +54,29 @@ def test_opposed_orthogonal_and_equal_tasks(estimator):
     assert torch.allclose(found.gains[1], torch.tensor([-3, 3, 0, -3], dtype=torch.float64))
 
 
+def test_steps_on_all_others_add_up():
+    found = estimate(gram(noisy([[1, 0], [-3, 0], [0, 2], [5, 0]], batches=4, noise=0)))
+    assert torch.allclose(found.from_others, torch.tensor([0, -2, 0, 0], dtype=torch.float64))
+    assert found.mean_from_others == pytest.approx(-0.5) and found.mean_from_others_error < 1e-9
+
+
+def test_sums_are_of_measurable_tasks_alone():
+    tasks = noisy([[3, 0], [-3, 0], [0, 0]], batches=8, noise=0.3)
+    found = estimate(gram(tasks))
+    assert found.from_others.isnan().tolist() == [False, False, True] == found.from_others_error.isnan().tolist()
+    assert found.mean_from_others == pytest.approx(found.from_others[:2].mean().item())
+    assert math.isnan(estimate(gram(0 * tasks)).mean_from_others)
+
+
+def test_standard_error_of_sums_is_the_spread_of_repeated_measurements():
+    directions = [[2, 0], [1, 1], [-1, 1]]
+    found = [estimate(gram(noisy(directions, batches=8, noise=0.3, seed=seed))) for seed in range(200)]
+    sums, errors = (torch.stack([getattr(one, name) for one in found]) for name in ("from_others", "from_others_error"))
+    assert torch.allclose(sums.std(dim=0), errors.square().mean(dim=0).sqrt(), rtol=0.25)
+    means = torch.tensor([[one.mean_from_others, one.mean_from_others_error] for one in found], dtype=torch.float64)
+    assert means[:, 0].std().item() == pytest.approx(means[:, 1].square().mean().sqrt().item(), rel=0.25)
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("batches", [3, 6])
 def test_estimators_are_those_of_the_definition(estimator, batches):
