@@ -282,9 +282,11 @@ def _see_words(module: nn.Module, args: tuple[Any, ...], embeddings: Any) -> Non
 
 def _averages_of(scope: RoutingScope) -> dict[str, Average]:
     """What the active adapters' routers average in the scope's model."""
+    layer = next((module for module in scope.root.modules() if hasattr(module, "mixlora_A")), None)
+    if layer is None or layer.disable_adapters:
+        return {}
     averages = _averages.get(scope.root, {})
-    active = getattr(next((m for m in scope.root.modules() if hasattr(m, "mixlora_A")), None), "active_adapters", ())
-    return {adapter: average for adapter, average in averages.items() if adapter in active}
+    return {adapter: average for adapter, average in averages.items() if adapter in layer.active_adapters}
 
 
 def _parts_of(root: nn.Module) -> weakref.WeakSet[nn.Module]:

@@ -394,6 +394,18 @@ def test_failed_forward_counts_no_words(llama):
     assert torch.equal(model.get_base_model().mixlora_stats_words["default"], before)
 
 
+def test_only_adapters_that_are_in_use_count_words(llama):
+    model = adapt(llama, "same, words", randomised=False).train()
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    with model.disable_adapter():
+        model.get_input_embeddings().weight.requires_grad_(True)
+        model(**batch([4, 5]))
+    sums = model.get_base_model().mixlora_stats_words
+    assert not sums["default"].any() and not sums["other"].any()
+    model(**batch([4, 5]))
+    assert sums["default"].any() and not sums["other"].any()
+
+
 def test_words_reach_layers_that_embeddings_are_given_to(llama):
     model = adapt(llama, "same, words")
     ids = random_ids(2, 6)
