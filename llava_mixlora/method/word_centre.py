@@ -46,7 +46,7 @@ def input_embeddings(model: nn.Module) -> nn.Module | None:
     """The module that turns token ids into word vectors; None where the model names none."""
     try:
         return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # no transformers model, or one that has not said which they are
         return None
 
 
