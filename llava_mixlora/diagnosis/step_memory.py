@@ -156,9 +156,12 @@ def peak_of_step(
         alive_before: dict[nn.Module, int] = {}
 
         def note(module: nn.Module, args: Any) -> None:
+            if module in alive_before:  # a checkpointed layer runs again, where no forward pass is open
+                return
             statistics = current_scope().statistics  # which are gone in the backward pass
-            kept = live.live - statistics.made_bytes - (statistics.waiting_bytes if checkpointing else 0)
-            alive_before.setdefault(module, kept)  # a checkpointed layer runs again
+            alive_before[module] = (
+                live.live - statistics.made_bytes - (statistics.waiting_bytes if checkpointing else 0)
+            )
 
         decoder.layers[-1].register_forward_pre_hook(note)
         decoder.norm.register_forward_pre_hook(note)
