@@ -47,6 +47,7 @@ def test_right_is_what_greedy_decoding_answers_to_the_letter(llava, items, route
     train(model, items, [LEARNT] * 100, 3e-3)
     found = right(model, items)
     model.get_model().vision_tower = llava.loaded[1].get_vision_tower()
+    model.get_model().mm_projector = llava.loaded[1].get_model().mm_projector
     asked = [
         Question(
             s["id"],
@@ -80,7 +81,7 @@ def test_accuracy_is_the_share_of_right_answers_of_each_task(llava, items):
 def test_only_the_adapter_learns_and_the_base_stays_fresh(llava, items):
     before = {name: tensor.clone() for name, tensor in llava.loaded[1].state_dict().items()}
     model = adapted(llava)
-    train(model, items, [[0, 1], []], 1e-2)
+    train(model, items, [[0, 1]], 1e-2)
     for name, tensor in llava.loaded[1].state_dict().items():
         assert torch.equal(tensor, before[name])
     assert all("mixlora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
@@ -88,11 +89,43 @@ def test_only_the_adapter_learns_and_the_base_stays_fresh(llava, items):
     assert not any(p.any() for name, p in again.named_parameters() if "mixlora_B" in name)
 
 
-def test_a_step_without_samples_changes_nothing(llava, items):
-    model = adapted(llava)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    train(model, items, [[], []], 1e-2)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+def test_a_picture_is_looked_at_once_and_a_text_is_read_once(llava, monkeypatch):
+    samples = [{**sample(1, "red"), "image": image} for image in ("5.png", "6.png", "5.png")]
+    items = Items(llava, samples)
+    first = items.batch([0, 1, 2])
+    monkeypatch.setattr(items, "_dataset", None)
+    again = items.batch([1, 2])
+    assert all(torch.equal(first[name][1:], again[name]) for name in first)
+    assert torch.equal(first["images"][0], first["images"][2]) and not torch.equal(*first["images"][:2])
+
+
+def test_tasks_are_numbered_as_asked_and_unknown_ones_by_minus_one(llava):
+    samples = [sample(0, "red"), sample(5, "blue")]
+    assert Items(llava, samples).tasks_of([0, 1, 0]).tolist() == [0, 1, 0]
+    assert Items(llava, samples, ["late", "other"]).tasks_of([0, 1]).tolist() == [-1, 0]
+
+
+def test_inputs_see_the_task_of_every_instance_in_training_and_when_asked(llava, items):
+    seen = []
+
+    def inputs(model, batch, tasks):
+        seen.append((model.training, tasks.tolist()))
+        return batch
+
+    model, watched = adapted(llava), []
+    train(model, items, [[0, 4], [5, 1]], 1e-3, inputs, watched.append)
+    assert seen == [(True, [0, 1]), (True, [1, 0])] and watched == [1, 2]
+    right(model, items, inputs)
+    assert seen[2:] == [(False, [0] * 4 + [1] * 4)]
+
+
+def test_asking_on_the_way_does_not_change_what_is_learnt(llava, items):
+    plain, watched = adapted(llava, lora_dropout=0.0), adapted(llava, lora_dropout=0.0)
+    steps = [LEARNT] * 3
+    train(plain, items, steps, 1e-2)
+    train(watched, items, steps, 1e-2, watch=lambda step: right(watched, items))
+    wanted = dict(plain.named_parameters())
+    assert all(torch.equal(parameter, wanted[name]) for name, parameter in watched.named_parameters())
 
 
 def test_each_epoch_takes_every_sample_once_in_an_order_of_its_own():
