@@ -39,10 +39,11 @@ class MixLoraArguments:
         default=None, metadata={"help": "Factors in each pool (E). Default: 16, or --lora_r where that is larger."}
     )
     mixlora_pairing: Optional[str] = field(
-        default=None, metadata={"help": "rank (default): two routers choose; same: one does, for both pools alike."}
+        default=None,
+        metadata={"help": "same (default; rank with ifs_cfs): one router for both pools; rank: two routers."},
     )
     mixlora_routing: Optional[str] = field(
-        default=None, metadata={"help": "ifs_cfs (default; ifs with --mixlora_pairing same), ifs or random."}
+        default=None, metadata={"help": "ifs (default; ifs_cfs with --mixlora_pairing rank), ifs_cfs or random."}
     )
     mixlora_router_gradient: Optional[str] = field(
         default=None, metadata={"help": "straight_through (default) trains the routers, none leaves them random."}
@@ -53,14 +54,14 @@ class MixLoraArguments:
     mixlora_router_scope: Optional[str] = field(
         default=None,
         metadata={
-            "help": "Positions that routers average: prompt (default), instruction (the text of the question alone) or "
+            "help": "Positions that routers average: instruction (default), the text of the question alone, prompt or "
             "sequence."
         },
     )
     mixlora_router_input: Optional[str] = field(
         default=None,
         metadata={
-            "help": "What routers average: hidden (default), each layer's input, or words, the text's embeddings."
+            "help": "What routers average: words (default), the text's embeddings, or hidden, each layer's input."
         },
     )
     mixlora_decode_routing: Optional[str] = field(

@@ -32,6 +32,14 @@ def randomise(model: nn.Module, seed: int = 0, scale: float = 0.5) -> nn.Module:
     return model
 
 
+def paper_form(**options) -> MixLoraConfig:
+    """A configuration in the paper's form, but for `options`: two routers, on the prompt's hidden states in each layer.
+
+    What a layer's own input decides is the hardest to keep the same, and saved adapters that name no form are so.
+    """
+    return MixLoraConfig(**{"pairing": "rank", "router_scope": "prompt", "router_input": "hidden", **options})
+
+
 def layers(model: nn.Module) -> dict[str, MixLoraLayer]:
     """The adapted layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MixLoraLayer)}
@@ -64,7 +72,7 @@ def write_adapter(base, folder, trained=True, one_route=False, **form):
     from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 
     options = {"target_modules": LINEAR_LAYERS, "exclude_modules": NOT_THE_LANGUAGE_MODEL, "task_type": "CAUSAL_LM"}
-    model = get_peft_model(plain(base), MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options, **form))
+    model = get_peft_model(plain(base), paper_form(r=2, num_factors=6, lora_alpha=8, **options, **form))
     randomise(model, scale=0.3)
     if one_route:
         for name, parameter in model.named_parameters():

@@ -58,10 +58,10 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-factors", type=int, default=16, help="factors in each pool (16)")
     parser.add_argument("--r", type=int, default=4, help="factors chosen per instance (4)")
     parser.add_argument("--lora-dropout", type=float, default=0.05, help="dropout on the input of pool A (0.05)")
-    parser.add_argument("--pairing", default="rank", help="rank (default) or same, which has one router and no CFS")
-    parser.add_argument("--routing", help="ifs_cfs (default; ifs with --pairing same), ifs or random")
+    parser.add_argument("--pairing", help="same (default; rank with ifs_cfs), or rank, which has two routers")
+    parser.add_argument("--routing", help="ifs (default; ifs_cfs with --pairing rank), ifs_cfs or random")
     parser.add_argument("--router-gradient", default="straight_through", help="straight_through (default) or none")
-    parser.add_argument("--router-input", default="hidden", help="hidden (default) or words")
+    parser.add_argument("--router-input", help="words (default) or hidden")
     parser.add_argument("--cfs", default="weights", help="what CFS trains: weights (default) or table")
     parser.add_argument("--batch-size", type=int, default=16, help="instances per GPU and step (16)")
     parser.add_argument(

@@ -66,7 +66,7 @@ SMALLEST_8BIT, OPTIMIZER_BLOCK = 4096, 256
 class RunSettings:
     """The flags of a run that decide its memory. `sequence_length` counts text and image tokens.
 
-    `routing` None stands for the default of [`MixLoraConfig`], and is that once the settings are made.
+    None stands for the default of [`MixLoraConfig`], and is that once the settings are made.
 
     Raises:
         MixLoraError: a value is outside its set, r exceeds num_factors, or values contradict each other.
@@ -75,10 +75,10 @@ class RunSettings:
     num_factors: int = 16
     r: int = 4
     lora_dropout: float = 0.05
-    pairing: str = "rank"
+    pairing: str | None = None
     routing: str | None = None
     router_gradient: str = "straight_through"
-    router_input: str = "hidden"
+    router_input: str | None = None
     cfs: str = "weights"
     batch_size: int = 16
     sequence_length: int = 2048
@@ -94,7 +94,9 @@ class RunSettings:
         for name, known in (("optimizer", OPTIMIZERS), ("compute_dtype", tuple(COMPUTE_DTYPES))):
             if getattr(self, name) not in known:
                 raise MixLoraError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(known)}")
-        object.__setattr__(self, "routing", self.adapter().routing)
+        adapter = self.adapter()
+        for name in ("pairing", "routing", "router_input"):
+            object.__setattr__(self, name, getattr(adapter, name))
 
     def adapter(self) -> MixLoraConfig:
         """The adapter that the run trains."""

@@ -24,6 +24,8 @@ CFS_FORMS = ("weights", "table")
 CFS_PRODUCTS = ("inner", "sums")
 UNKNOWN_PROMPTS = ("warn", "error")
 BIASES = ("none", "all", "mixlora_only")
+WITH_ENCODER = ("SEQ_2_SEQ_LM",)
+"""Task types of PEFT's whose decoders attend to an encoder's states, where words are not at hand."""
 FORMAT_VERSION = 2
 """Raised when an adapter can no longer be read correctly by the versions of this package before it.
 
@@ -46,12 +48,13 @@ class MixLoraConfig(PeftConfig):
     num_factors: int = field(default=16, metadata={"help": "Rank-one factors in each of the pools A and B (E)."})
     lora_alpha: float = field(default=32, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of pool A, in [0, 1)."})
-    pairing: Literal["rank", "same"] = field(
-        default="rank",
+    pairing: Literal["rank", "same"] | None = field(
+        default=None,
         metadata={
             "help": "How chosen factors of the two pools meet. 'rank': two routers choose, and the j-th chosen A "
             "factor meets the j-th chosen B factor (the paper). 'same': one router chooses, and factor e of pool A "
-            "meets factor e of pool B; fewer parameters, and pairs that last."
+            "meets factor e of pool B; fewer parameters, and pairs that last. Default: 'same', with routing='ifs_cfs', "
+            "which needs two routers, 'rank'."
         },
     )
     routing: Literal["ifs_cfs", "ifs", "random"] | None = field(
@@ -59,8 +62,8 @@ class MixLoraConfig(PeftConfig):
         metadata={
             "help": "'ifs': both routers look at the instance (the authors' cond_type=input). 'ifs_cfs': router B also "
             "looks at the chosen A factors (the authors' input_lora_a_param). 'random': the control without routers; a "
-            "fresh draw per instance in training, one fixed draw per layer in evaluation. Default: 'ifs_cfs', with "
-            "pairing='same', which has no router B, 'ifs'."
+            "fresh draw per instance in training, one fixed draw per layer in evaluation. Default: 'ifs', with "
+            "pairing='rank' 'ifs_cfs'."
         },
     )
     router_gradient: Literal["straight_through", "none"] = field(
@@ -77,20 +80,22 @@ class MixLoraConfig(PeftConfig):
             "instance starts on the same route."
         },
     )
-    router_scope: Literal["prompt", "sequence", "instruction"] = field(
-        default="prompt",
+    router_scope: Literal["prompt", "sequence", "instruction"] | None = field(
+        default=None,
         metadata={
             "help": "Positions that the routers average. 'prompt': attended positions before the supervised labels of "
             "an answer, for each answer of a conversation (without labels, every attended position). 'instruction': of "
             "those the text of the question that is answered, without image features and earlier turns. 'sequence': "
-            "every attended position. Samples that are packed into one row are averaged apart."
+            "every attended position. Samples that are packed into one row are averaged apart. Default: 'instruction', "
+            "with count_padding, which it has no use for, 'prompt'."
         },
     )
-    router_input: Literal["hidden", "words"] = field(
-        default="hidden",
+    router_input: Literal["hidden", "words"] | None = field(
+        default=None,
         metadata={
             "help": "What routers average. 'hidden': each layer's own input (the paper). 'words': the text's input "
-            "embeddings, centred by their mean over training, the same in every layer."
+            "embeddings, centred by their mean over training, the same in every layer. Default: 'words'; 'hidden' "
+            "with routing='random', decode_routing='step', count_padding or task_type='SEQ_2_SEQ_LM', which have none."
         },
     )
     count_padding: bool = field(
@@ -106,9 +111,9 @@ class MixLoraConfig(PeftConfig):
     unknown_prompt: Literal["warn", "error"] = field(
         default="warn",
         metadata={
-            "help": "What a training step does with router_scope='prompt' whose labels show no prompt, so that routers "
-            "average what generation will not see: 'warn' says so once and averages every attended position; 'error' "
-            "stops."
+            "help": "What a training step does whose labels show no prompt, so that routers, unless they average the "
+            "whole sequence, average what generation will not see: 'warn' says so once and averages every attended "
+            "position; 'error' stops."
         },
     )
     cfs: Literal["weights", "table"] = field(
@@ -191,9 +196,8 @@ class MixLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._choose_form(stored=self.peft_type is not None)
         self.peft_type = MIXLORA
-        if self.routing is None:
-            self.routing = "ifs_cfs" if self.pairing == "rank" else "ifs"
         self._check_format()
         self._check_values()
         self.format_version = max(self.format_version or 1, 2 if self._has_further_forms() else 1)
@@ -212,6 +216,7 @@ class MixLoraConfig(PeftConfig):
             "pairing": "rank",
             "router_gradient": "none",
             "router_scope": "sequence",
+            "router_input": "hidden",
             "count_padding": True,
             "decode_routing": "step",
             "cfs_product": "sums",
@@ -248,6 +253,25 @@ class MixLoraConfig(PeftConfig):
     def alpha_of(self, layer: str) -> float:
         """lora_alpha in the layer of this name, as [`rank_of`](MixLoraConfig.rank_of)."""
         return _first_match(self.alpha_pattern, layer, self.lora_alpha)
+
+    def _choose_form(self, stored: bool) -> None:
+        """Fill in what is left open.
+
+        `stored`: the fields are those of a saved adapter, whose file names the peft_type. What it does not name did not
+        exist when it was written, and everything was as in the paper.
+        """
+        if self.pairing is None:
+            of_cfs = (self.cfs, self.cfs_temperature, self.cfs_product) != ("weights", 1, "inner")
+            by_cfs = self.routing == "ifs_cfs" or (self.routing is None and of_cfs)
+            self.pairing = "rank" if stored or by_cfs else "same"
+        if self.routing is None:
+            self.routing = "ifs_cfs" if self.pairing == "rank" else "ifs"
+        if self.router_scope is None:
+            self.router_scope = "prompt" if stored or self.count_padding else "instruction"
+        if self.router_input is None:
+            of_steps = self.decode_routing == "step"  # whose own words are those of one token
+            has_no_words = self.routing == "random" or self.count_padding or self.task_type in WITH_ENCODER
+            self.router_input = "hidden" if stored or of_steps or has_no_words else "words"
 
     def _check_format(self) -> None:
         known = self.format_version is None or isinstance(self.format_version, int)

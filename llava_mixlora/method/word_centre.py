@@ -15,6 +15,8 @@ run sum them as all statistics.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
@@ -30,8 +32,13 @@ def width_of_words(model: nn.Module) -> int:
     """d_model, the width of the model's input embeddings.
 
     Raises:
-        MixLoraError: it has none, or does not tell their width.
+        MixLoraError: it has none, or does not tell their width, or its decoder attends to an encoder's states.
     """
+    if "decoder_input_ids" in inspect.signature(type(model).forward).parameters:
+        raise MixLoraError(
+            f"router_input='words': {type(model).__name__}'s decoder attends to an encoder's states, not to words; "
+            "use router_input='hidden', the default with task_type='SEQ_2_SEQ_LM'"
+        )
     embeddings = input_embeddings(model)
     width = getattr(embeddings, "embedding_dim", None)
     if not isinstance(width, int):

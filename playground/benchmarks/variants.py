@@ -14,9 +14,9 @@ from llava_mixlora.method.model import LLAMA_LINEAR_LAYERS
 
 POOLS = ((16, 4), (64, 8))  # E, r
 FROZEN, REFERENCE, MATERIALISED = "frozen base", "LoRA r=E", "materialised"
-TWO_ROUTERS = {"pairing": "rank", "router_scope": "prompt"}
+TWO_ROUTERS = {"pairing": "rank", "router_scope": "prompt", "router_input": "hidden"}
 MIXLORA = {
-    "MixLoRA same": {"pairing": "same", "router_scope": "instruction", "routing": "ifs"},
+    "MixLoRA same": {"pairing": "same", "router_scope": "instruction", "router_input": "hidden", "routing": "ifs"},
     "MixLoRA ifs": {**TWO_ROUTERS, "routing": "ifs"},
     "MixLoRA ifs_cfs": {**TWO_ROUTERS, "routing": "ifs_cfs"},
 }

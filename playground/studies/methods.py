@@ -154,8 +154,8 @@ def _lora(r: int) -> Method:
 
 # --- MixLoRA --------------------------------------------------------------------------------------------------------
 
-PAPER = {"pairing": "rank", "router_scope": "prompt", "routing": "ifs_cfs"}
-INSTRUCTION = {"pairing": "same", "router_scope": "instruction"}
+PAPER = {"pairing": "rank", "routing": "ifs_cfs", "router_scope": "prompt", "router_input": "hidden"}
+INSTRUCTION = {"pairing": "same", "router_scope": "instruction", "router_input": "hidden"}
 IN_WORDS = {**INSTRUCTION, "router_input": "words"}
 
 

@@ -7,9 +7,7 @@ import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from llava_mixlora import MixLoraConfig
-
-from ..tiny import LINEAR_LAYERS, layers, random_ids, randomise
+from ..tiny import LINEAR_LAYERS, layers, paper_form, random_ids, randomise
 from .training import ALONE, train
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # compiled graphs round in another order
@@ -31,7 +29,7 @@ def _samples():
 
 def _run(llama, folder, **flags):
     options = {"target_modules": LINEAR_LAYERS, "task_type": "CAUSAL_LM", "balance_loss_weight": 0.1}
-    model = randomise(get_peft_model(llama, MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options)))
+    model = randomise(get_peft_model(llama, paper_form(r=2, num_factors=6, lora_alpha=8, **options)))
     chosen = {"per_device_train_batch_size": 1, "max_steps": 6, "learning_rate": 0.1, "optim": "sgd"}
     quiet = {"report_to": "none", "save_strategy": "no", "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
     arguments = TrainingArguments(str(folder), **chosen, **quiet, **flags)

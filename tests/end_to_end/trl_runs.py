@@ -18,10 +18,8 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from llava_mixlora import MixLoraConfig
-
 from ..conftest import LLAMA
-from ..tiny import randomise
+from ..tiny import paper_form, randomise
 
 ROLES = {"user": "<user>", "assistant": "<assistant>"}
 TEMPLATE = (
@@ -146,7 +144,7 @@ def adapted(words, options):
     torch.manual_seed(1)
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **LLAMA))
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    return randomise(get_peft_model(base, MixLoraConfig(**options)))
+    return randomise(get_peft_model(base, paper_form(**options)))
 
 
 class Watch(TrainerCallback):

@@ -6,10 +6,9 @@ import transformers
 from peft import get_peft_model
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 
-from ..tiny import LINEAR_LAYERS, random_ids, randomise
+from ..tiny import LINEAR_LAYERS, paper_form, random_ids, randomise
 
 STAND_IN = "attention_without_padding"
 HAS_INTERFACE = hasattr(transformers, "AttentionInterface") and hasattr(transformers, "AttentionMaskInterface")
@@ -60,7 +59,7 @@ def masks():
 
 def adapted(model, **options):
     options = {"target_modules": LINEAR_LAYERS, "task_type": "CAUSAL_LM", **options}
-    config = MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options)
+    config = paper_form(r=2, num_factors=6, lora_alpha=8, **options)
     return randomise(get_peft_model(model, config)).eval()
 
 

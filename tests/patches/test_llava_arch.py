@@ -7,9 +7,9 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from llava_mixlora import MixLoraConfig, known_prompt
+from llava_mixlora import known_prompt
 
-from ..tiny import layers, message_of, random_ids, randomise
+from ..tiny import layers, message_of, paper_form, random_ids, randomise
 
 IMAGE, IGNORE = -200, -100
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -20,7 +20,7 @@ each_form = pytest.mark.parametrize("form", [{}, INSTRUCTION, WORDS], ids=["defa
 
 def adapt(model, **options):
     target_modules = r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-    config = MixLoraConfig(r=2, num_factors=6, lora_alpha=8, target_modules=target_modules, **options)
+    config = paper_form(r=2, num_factors=6, lora_alpha=8, target_modules=target_modules, **options)
     config.exclude_modules = r".*vision_tower.*"
     config.task_type = "CAUSAL_LM"
     model = randomise(get_peft_model(model, config)).eval()

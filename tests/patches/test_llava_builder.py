@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
 
-from ..tiny import layers, random_ids, randomise
+from ..tiny import layers, paper_form, random_ids, randomise
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -49,7 +49,7 @@ def write_adapter(base, folder, config):
 def adapter(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava-tiny-mixlora")
     options = {"target_modules": NAMES, "exclude_modules": NOT_THE_LANGUAGE_MODEL, "task_type": "CAUSAL_LM"}
-    write_adapter(base, folder, MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options))
+    write_adapter(base, folder, paper_form(r=2, num_factors=6, lora_alpha=8, **options))
     return folder
 
 

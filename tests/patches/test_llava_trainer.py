@@ -6,9 +6,7 @@ from llava_mixlora.patches.llava_trainer import split_router_groups
 from peft import get_peft_model
 from torch.utils.data import Dataset
 
-from llava_mixlora import MixLoraConfig
-
-from ..tiny import random_ids
+from ..tiny import paper_form, random_ids
 
 ROUTERS = ("mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
 
@@ -39,7 +37,7 @@ def trainer(patched, llama, tmp_path):
             output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=2, disable_tqdm=True, **options
         )
         arguments.tune_mm_mlp_adapter = False
-        config = MixLoraConfig(r=2, num_factors=4, task_type="CAUSAL_LM", **(mixlora or {}))
+        config = paper_form(r=2, num_factors=4, task_type="CAUSAL_LM", **(mixlora or {}))
         model = get_peft_model(llama, config)
         dataset = Conversations()
         return llava_trainer.LLaVATrainer(

@@ -9,14 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
 from llava_mixlora.adapters.inspect_adapter import read_contents
 from llava_mixlora.adapters.score_spread import INPUTS, SEED, score_spread
 from llava_mixlora.cli import main
 from llava_mixlora.method.mixture import conditional_scores, conditional_table
 
-from ...tiny import random_ids
+from ...tiny import paper_form, random_ids
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def adapter(llama, tmp_path):
 
     def write(rows=3, **options):
         options = {"r": 2, "num_factors": 6, "task_type": "CAUSAL_LM", **options}
-        model = get_peft_model(llama, MixLoraConfig(**options)).train()
+        model = get_peft_model(llama, paper_form(**options)).train()
         if rows:
             model(input_ids=random_ids(rows, 5))
         model.save_pretrained(tmp_path / "adapter")
@@ -142,7 +141,7 @@ def test_spread_is_the_same_at_every_call(adapter):
 def test_spread_is_that_of_the_scores_by_their_definition(product):
     E, r, d = 6, 2, 8
     factors_A, router_B, cfs = torch.randn(E, d), torch.randn(E, d), torch.randn(r, E, d)
-    config = MixLoraConfig(r=r, num_factors=E, cfs_product=product, cfs_temperature=0.5)
+    config = paper_form(r=r, num_factors=E, cfs_product=product, cfs_temperature=0.5)
     found = score_spread(config, factors_A, router_B, cfs)
     generator = torch.Generator().manual_seed(SEED)
     inputs = torch.randn(INPUTS, d, generator=generator)
@@ -156,9 +155,9 @@ def test_spread_is_that_of_the_scores_by_their_definition(product):
 def test_table_of_cfs_has_the_spread_of_the_weights_that_it_comes_from():
     E, r, d = 6, 2, 8
     factors_A, router_B, cfs = torch.randn(E, d), torch.randn(E, d), torch.randn(r, E, d)
-    of_weights = score_spread(MixLoraConfig(r=r, num_factors=E), factors_A, router_B, cfs)
+    of_weights = score_spread(paper_form(r=r, num_factors=E), factors_A, router_B, cfs)
     table = conditional_table(factors_A, cfs)
-    assert score_spread(MixLoraConfig(r=r, num_factors=E, cfs="table"), factors_A, router_B, table) == of_weights
+    assert score_spread(paper_form(r=r, num_factors=E, cfs="table"), factors_A, router_B, table) == of_weights
 
 
 def test_untrained_adapter_has_no_statistics(adapter, capsys):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraError
 from llava_mixlora.analysis import interference
 from llava_mixlora.analysis.interference import factor_parameters, fix_routes, gram_matrices
 from llava_mixlora.analysis.interference_estimate import MEAN_OF_RATIOS, RATIO_OF_MEANS, batch_gains, estimate
@@ -21,7 +21,7 @@ from llava_mixlora.inference.loading import load_for_inference
 from llava_mixlora.inference.samples import SampleSource, batches, samples_by_task
 from llava_mixlora.method.forward_passes import generation
 
-from ...tiny import LINEAR_LAYERS, plain, random_ids, randomise, write_adapter
+from ...tiny import LINEAR_LAYERS, paper_form, plain, random_ids, randomise, write_adapter
 
 STEP = 2e-4  # small for the curvature, large for the float32 in which Llama normalises
 TASKS, BATCHES = 2, 3
@@ -126,7 +126,7 @@ def test_gradient_form_agrees_with_steps_that_are_made(adapters, llava_folder, g
 
 
 def test_no_gradient_of_the_routers_flows_into_the_factors(llama):
-    model = randomise(get_peft_model(llama, MixLoraConfig(r=2, num_factors=4, target_modules=["q_proj", "up_proj"])))
+    model = randomise(get_peft_model(llama, paper_form(r=2, num_factors=4, target_modules=["q_proj", "up_proj"])))
     model.eval()
     parameters, ids = list(factor_parameters(model).values()), random_ids(2, 6)
 
@@ -162,7 +162,7 @@ def test_layers_are_chosen_by_whole_parts_of_their_names(llama):
 
 
 def test_gradients_that_do_not_fit_at_once_are_taken_in_passes(llama, monkeypatch):
-    model = randomise(get_peft_model(llama, MixLoraConfig(r=2, num_factors=4, target_modules=["q_proj"]))).eval()
+    model = randomise(get_peft_model(llama, paper_form(r=2, num_factors=4, target_modules=["q_proj"]))).eval()
     parameters = factor_parameters(model)
     titles = []
 
@@ -261,7 +261,7 @@ def test_what_is_not_measurable_is_shown_as_such(tmp_path):
 
 def test_fresh_adapter_has_nothing_to_measure_in_A(llava_folder, data, tmp_path, patched, capsys):
     adapter = tmp_path / "llava-mixlora"
-    model = get_peft_model(plain(llava_folder), MixLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = get_peft_model(plain(llava_folder), paper_form(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.config.save_pretrained(adapter)
     model.save_pretrained(adapter)
     assert main(words(adapter, data, "--samples", 3, "--batch-size", 1)) == 0

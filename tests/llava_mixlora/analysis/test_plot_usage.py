@@ -7,11 +7,10 @@ from matplotlib.figure import Figure
 from peft import get_peft_model
 from PIL import Image
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.analysis.plot_usage import plot
 from llava_mixlora.cli import main
 
-from ...tiny import random_ids
+from ...tiny import paper_form, random_ids
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def write(llama, tmp_path):
     """Writes an adapter that was trained."""
 
     def write(**options):
-        model = get_peft_model(llama, MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM", **options)).train()
+        model = get_peft_model(llama, paper_form(r=2, num_factors=6, task_type="CAUSAL_LM", **options)).train()
         model(input_ids=random_ids(3, 5))
         model.save_pretrained(tmp_path / "adapter")
         return tmp_path / "adapter"
@@ -51,7 +50,7 @@ def test_a_panel_is_drawn_for_each_choice_of_factors(write, pairing, panels, tmp
 
 
 def test_adapter_without_statistics_is_refused(llama, tmp_path, capsys):
-    get_peft_model(llama, MixLoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    get_peft_model(llama, paper_form(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
     assert main(["plot", str(tmp_path)]) == 1
     assert "holds no routing statistics" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.png"))

@@ -181,9 +181,9 @@ def test_parameters_are_those_of_the_real_model(make_llava, routing):
 @pytest.mark.parametrize(
     "form",
     [
-        {"pairing": "same"},
-        {"pairing": "same", "router_input": "words"},
-        {"router_input": "words"},
+        {},
+        {"pairing": "same", "router_input": "hidden"},
+        {"pairing": "rank", "router_input": "words"},
         {"cfs": "table"},
     ],
 )
@@ -205,13 +205,14 @@ def test_one_router_and_no_cfs_are_what_equal_pairing_saves(tmp_path):
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_CONFIG, **sizes, "num_hidden_layers": 1}))
     config = read_model_config(str(tmp_path), "none")
-    kinds = {pairing: trained_by_kind(build(config, RunSettings(pairing=pairing), 16)) for pairing in ("rank", "same")}
+    forms = {pairing: RunSettings(pairing=pairing, router_input="hidden") for pairing in ("rank", "same")}
+    kinds = {pairing: trained_by_kind(build(config, settings, 16)) for pairing, settings in forms.items()}
     saved = sum(kinds["rank"].values()) - sum(kinds["same"].values())
     assert saved == kinds["rank"]["routers"] // 2 + kinds["rank"]["cfs"] == (16 + 4 * 16) * (6 * 4096 + 11008)
 
 
 def test_routing_that_is_not_given_is_what_the_pairing_allows():
-    assert RunSettings().routing == "ifs_cfs" and RunSettings(pairing="same").routing == "ifs"
+    assert RunSettings().routing == "ifs" and RunSettings(pairing="rank").routing == "ifs_cfs"
 
 
 def test_flags_of_the_command_describe_the_form(tmp_path, capsys):
@@ -221,7 +222,7 @@ def test_flags_of_the_command_describe_the_form(tmp_path, capsys):
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert (settings["pairing"], settings["routing"], settings["router_input"]) == ("same", "ifs", "words")
     assert main([*words, "--cfs", "table"]) == 0
-    assert "ifs_cfs, pairing rank, router input hidden, cfs table, num_factors 16, r 4" in capsys.readouterr().out
+    assert "ifs_cfs, pairing rank, router input words, cfs table, num_factors 16, r 4" in capsys.readouterr().out
     assert main([*words, "--pairing", "same", "--routing", "ifs_cfs"]) == 1
     assert "routing='ifs_cfs' chooses B factors by the A factors" in capsys.readouterr().err.splitlines()[-1]
 
@@ -291,7 +292,7 @@ def test_activations_agree_with_a_real_step(make_llava, size, compute_dtype, bat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [{"pairing": "same"}, {"pairing": "same", "router_input": "words"}])
+@pytest.mark.parametrize("form", [{"router_input": "hidden"}, {"router_input": "words"}])
 def test_activations_of_further_forms_agree_with_a_real_step(make_llava, form):
     settings = RunSettings(compute_dtype="fp32", batch_size=2, sequence_length=LENGTH["larger"], **form)
     real, config = make_llava("larger", settings)

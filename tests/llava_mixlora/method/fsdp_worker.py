@@ -18,11 +18,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
 from ...conftest import LLAMA
-from ...tiny import VOCABULARY, random_ids, randomise
+from ...tiny import VOCABULARY, paper_form, random_ids, randomise
 
 PROCESSES = 2
 KINDS = {"none": None, "reentrant": CheckpointImpl.REENTRANT, "non-reentrant": CheckpointImpl.NO_REENTRANT}
@@ -101,7 +100,7 @@ def _gradients_by_name(model, version):
 
 def _adapted_llama():
     torch.manual_seed(1)
-    config = MixLoraConfig(r=2, num_factors=6, lora_alpha=8, task_type="CAUSAL_LM")
+    config = paper_form(r=2, num_factors=6, lora_alpha=8, task_type="CAUSAL_LM")
     model = randomise(get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **LLAMA)), config)).train()
     model.enable_input_require_grads()
     return model

@@ -21,12 +21,12 @@ from torch.utils.checkpoint import (
 )
 from transformers import T5Config, T5ForConditionalGeneration
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraError
 from llava_mixlora.method import training_statistics
 from llava_mixlora.method.forward_passes import current_scope
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
-from ...tiny import VOCABULARY, deepspeed_on_cpu, layers, random_ids, randomise
+from ...tiny import VOCABULARY, deepspeed_on_cpu, layers, paper_form, random_ids, randomise
 from . import fsdp_worker
 
 pytestmark = pytest.mark.one_stack  # what checkpoints here is PyTorch
@@ -37,7 +37,7 @@ PROMPT_LENGTHS = [(2, 3, 6), (4, 2, 5)]  # of the rows of two batches
 
 def adapt(model, **options):
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    model = randomise(get_peft_model(model, MixLoraConfig(**options))).train()
+    model = randomise(get_peft_model(model, paper_form(**options))).train()
     model.enable_input_require_grads()  # or reentrant checkpoints leave the first layer without a gradient
     return model
 
@@ -499,7 +499,7 @@ def test_sequential_checkpoints_of_any_model(kind, result, use_reentrant):
     gradients = []
     for options in (None, {"use_reentrant": use_reentrant}):
         torch.manual_seed(0)
-        config = MixLoraConfig(r=2, num_factors=6, lora_alpha=8, target_modules=r"blocks\.\d\.0")
+        config = paper_form(r=2, num_factors=6, lora_alpha=8, target_modules=r"blocks\.\d\.0")
         model = randomise(get_peft_model(Blocks(kind), config)).train()
         model.base_model.model.options = options
         gradients.append(gradients_of(model, step))

@@ -7,9 +7,7 @@ import torch
 from peft import get_peft_model
 from torch._dynamo.utils import counters
 
-from llava_mixlora import MixLoraConfig
-
-from ...tiny import LINEAR_LAYERS, layers, random_ids, randomise
+from ...tiny import LINEAR_LAYERS, layers, paper_form, random_ids, randomise
 
 pytestmark = pytest.mark.one_stack  # older transformers were not written to be compiled in one graph
 
@@ -29,7 +27,7 @@ def nothing_compiled():
 
 def adapt(llama, target_modules=SOME_LAYERS, **options):
     options |= {"target_modules": target_modules, "task_type": "CAUSAL_LM"}
-    config = MixLoraConfig(r=2, num_factors=6, lora_alpha=8, **options)
+    config = paper_form(r=2, num_factors=6, lora_alpha=8, **options)
     return randomise(get_peft_model(llama, config))
 
 

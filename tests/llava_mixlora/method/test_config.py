@@ -1,7 +1,7 @@
 """The configuration: what it accepts, refuses, and writes."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,13 +15,51 @@ from llava_mixlora.method.config import BIASES, CFS_PRODUCTS, DECODE_ROUTINGS, R
 def test_defaults_are_the_documented_ones():
     config = MixLoraConfig()
     assert (config.r, config.num_factors, config.lora_alpha, config.lora_dropout) == (4, 16, 32, 0.0)
-    assert (config.routing, config.router_gradient) == ("ifs_cfs", "straight_through")
-    assert (config.router_scope, config.count_padding, config.decode_routing) == ("prompt", False, "prefill")
+    assert (config.pairing, config.routing, config.router_gradient) == ("same", "ifs", "straight_through")
+    assert (config.router_scope, config.router_input) == ("instruction", "words")
+    assert (config.count_padding, config.decode_routing, config.format_version) == (False, "prefill", 2)
     assert config.bias == "none" and config.init_weights and config.peft_type == PeftType.MIXLORA
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({"routing": "ifs_cfs"}, ("rank", "ifs_cfs", "instruction", "words")),
+        ({"pairing": "rank"}, ("rank", "ifs_cfs", "instruction", "words")),
+        ({"cfs": "table"}, ("rank", "ifs_cfs", "instruction", "words")),
+        ({"cfs_temperature": 0.1}, ("rank", "ifs_cfs", "instruction", "words")),
+        ({"cfs_product": "sums"}, ("rank", "ifs_cfs", "instruction", "words")),
+        ({"routing": "ifs"}, ("same", "ifs", "instruction", "words")),
+        ({"routing": "random"}, ("same", "random", "instruction", "hidden")),
+        ({"decode_routing": "step"}, ("same", "ifs", "instruction", "hidden")),
+        ({"count_padding": True}, ("same", "ifs", "prompt", "hidden")),
+        ({"task_type": "SEQ_2_SEQ_LM"}, ("same", "ifs", "instruction", "hidden")),
+        ({"router_scope": "sequence"}, ("same", "ifs", "sequence", "words")),
+    ],
+)
+def test_what_is_left_open_goes_with_what_is_said(options, form):
+    config = MixLoraConfig(**options)
+    assert (config.pairing, config.routing, config.router_scope, config.router_input) == form
+
+
+@pytest.mark.parametrize("routing", [None, "ifs", "ifs_cfs", "random"])
+def test_stored_adapter_that_names_no_form_is_the_papers(tmp_path, routing):
+    written = {"peft_type": "MIXLORA", "r": 2, "num_factors": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written | ({"routing": routing} if routing else {})))
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert (config.pairing, config.routing) == ("rank", routing or "ifs_cfs")
+    assert (config.router_scope, config.router_input, config.format_version) == ("prompt", "hidden", 1)
+
+
+def test_copy_keeps_the_form():
+    for config in (MixLoraConfig(), MixLoraConfig.paper(), MixLoraConfig(routing="ifs_cfs", router_input="hidden")):
+        assert MixLoraConfig(**config.to_dict()).to_dict() == config.to_dict()
+        assert replace(config, r=2).pairing == config.pairing
 
 
 def test_paper_preset_is_the_released_behaviour():
     config = MixLoraConfig.paper()
+    assert (config.pairing, config.routing, config.router_input) == ("rank", "ifs_cfs", "hidden")
     assert (config.router_gradient, config.router_scope, config.decode_routing) == ("none", "sequence", "step")
     assert config.count_padding and config.cfs_product == "sums"
 
@@ -29,7 +67,7 @@ def test_paper_preset_is_the_released_behaviour():
 def test_paper_preset_takes_further_fields_and_other_values():
     config = MixLoraConfig.paper(r=2, num_factors=8, count_padding=False)
     assert (config.r, config.num_factors, config.count_padding) == (2, 8, False)
-    assert config.router_gradient == "none"
+    assert (config.router_gradient, config.router_input) == ("none", "hidden")
 
 
 @settings(max_examples=40, deadline=None)

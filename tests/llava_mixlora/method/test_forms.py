@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
 
 from llava_mixlora import MixLoraConfig
 from llava_mixlora.method.mixture import conditional_table
 from llava_mixlora.method.task_subsets import task_subsets
 
-from ...tiny import layers, message_of, random_ids, randomise
+from ...tiny import layers, message_of, paper_form, random_ids, randomise
 
 E, R = 6, 2
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -41,7 +42,7 @@ each_example = settings(max_examples=8, deadline=None, suppress_health_check=[He
 
 def adapt(model, form, randomised=True, **options):
     options = {"r": R, "num_factors": E, "lora_alpha": 8, "task_type": "CAUSAL_LM", **FORMS[form], **options}
-    model = get_peft_model(model, MixLoraConfig(**options))
+    model = get_peft_model(model, paper_form(**options))
     if randomised:
         randomise(model)
         see_words(model)
@@ -128,9 +129,9 @@ def test_one_router_chooses_by_the_paper_s_scores(llama):
 
 
 def test_trained_table_routes_as_the_weights_that_make_it(_llama, llama, copy_of):
-    by_weights = randomise(get_peft_model(llama, MixLoraConfig(r=R, num_factors=E, task_type="CAUSAL_LM"))).eval()
+    by_weights = randomise(get_peft_model(llama, paper_form(r=R, num_factors=E, task_type="CAUSAL_LM"))).eval()
     options = {"r": R, "num_factors": E, "task_type": "CAUSAL_LM", "cfs": "table"}
-    by_table = randomise(get_peft_model(copy_of(_llama), MixLoraConfig(**options))).eval()
+    by_table = randomise(get_peft_model(copy_of(_llama), paper_form(**options))).eval()
     for name, layer in layers(by_weights).items():
         other = layers(by_table)[name]
         for kind in ("mixlora_A", "mixlora_B", "mixlora_router_A", "mixlora_router_B"):
@@ -174,7 +175,7 @@ def test_low_temperature_lets_cfs_decide(_llama, llama, copy_of):
     spread = {}
     for temperature in (1.0, 0.05):
         options = {"r": R, "num_factors": E, "task_type": "CAUSAL_LM", "cfs_temperature": temperature}
-        model = get_peft_model(copy_of(_llama), MixLoraConfig(**options)).eval()
+        model = get_peft_model(copy_of(_llama), paper_form(**options)).eval()
         torch.manual_seed(3)
         for layer in layers(model).values():
             layer.mixlora_cfs["default"].data.uniform_(-0.2, 0.2)
@@ -329,7 +330,7 @@ def test_deleting_an_adapter_takes_its_sums_of_words(llama):
 
 def test_two_adapters_of_different_forms_serve_one_batch(llama):
     model = adapt(llama, "same, words")
-    model.add_adapter("paper", MixLoraConfig(r=R, num_factors=E, lora_alpha=8, task_type="CAUSAL_LM"))
+    model.add_adapter("paper", paper_form(r=R, num_factors=E, lora_alpha=8, task_type="CAUSAL_LM"))
     randomise(model, seed=4)
     see_words(model)
     ids = random_ids(2, 6)
@@ -547,7 +548,7 @@ def test_batch_keeps_its_tasks_from_a_base_that_does_not_take_them(llama):
         ({"cfs_temperature": 0.5, "pairing": "same"}, "cfs_temperature=0.5 has no meaning"),
         ({"task_loss_weight": 0.1, "routing": "ifs"}, "needs to know the tasks"),
         ({"task_loss_weight": -1, "routing": "ifs", "tasks": ["a"]}, "task_loss_weight=-1: expected a number"),
-        ({"task_loss_weight": 0.1, "tasks": ["a", "b"]}, "with routing='ifs_cfs'"),
+        ({"task_loss_weight": 0.1, "tasks": ["a", "b"], "routing": "ifs_cfs"}, "with routing='ifs_cfs'"),
         ({"task_loss_weight": 0.1, "routing": "random", "tasks": ["a"]}, "routing='random' leaves none to train"),
         ({"tasks": ["a", "a"]}, "tasks=['a', 'a']: expected a list of different names"),
         ({"tasks": "a"}, "tasks='a': expected a list"),
@@ -577,6 +578,15 @@ def test_words_need_input_embeddings():
     assert "router_input='words'" in message and "Plain" in message and "router_input='hidden'" in message
 
 
+def test_words_are_not_for_encoder_decoders():
+    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    message = message_of(get_peft_model, t5, MixLoraConfig(target_modules=["q"]))
+    assert "T5ForConditionalGeneration" in message and "router_input='hidden'" in message and "SEQ_2_SEQ_LM" in message
+    model = get_peft_model(t5, MixLoraConfig(target_modules=["q"], task_type="SEQ_2_SEQ_LM"))
+    assert model(input_ids=torch.ones(1, 4).long(), labels=torch.ones(1, 3).long()).loss.isfinite()
+
+
 def test_missing_or_wrong_tasks_are_named(llama):
     model = adapt(llama, "tasks").train()
     inputs = batch([4, 5])
@@ -595,7 +605,7 @@ def test_layer_by_itself_has_no_words(llama):
 
 
 def test_configuration_without_the_new_fields_is_the_paper_s_form(llama, _llama, copy_of, tmp_path):
-    model = randomise(get_peft_model(llama, MixLoraConfig(r=R, num_factors=E, task_type="CAUSAL_LM"))).eval()
+    model = randomise(get_peft_model(llama, paper_form(r=R, num_factors=E, task_type="CAUSAL_LM"))).eval()
     model.save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     saved = json.loads(file.read_text())

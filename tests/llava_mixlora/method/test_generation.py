@@ -23,10 +23,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from llava_mixlora import MixLoraConfig, known_prompt
+from llava_mixlora import known_prompt
 
 from ...conftest import LLAMA
-from ...tiny import VOCABULARY, message_of, random_ids, randomise
+from ...tiny import VOCABULARY, message_of, paper_form, random_ids, randomise
 
 PROMPT = random_ids(1, 9, seed=7)
 PROMPTS = [random_ids(1, length, seed=length) for length in (3, 5, 8, 6)]
@@ -36,9 +36,7 @@ CONFIG = {"r": 2, "num_factors": 6, "lora_alpha": 8}
 
 
 def adapt(model, seed=0, **options):
-    return randomise(
-        get_peft_model(model, MixLoraConfig(**{**CONFIG, "task_type": "CAUSAL_LM", **options})), seed
-    ).eval()
+    return randomise(get_peft_model(model, paper_form(**{**CONFIG, "task_type": "CAUSAL_LM", **options})), seed).eval()
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ def model(llama):
 @pytest.fixture
 def two_adapters(llama):
     """Adapters "default" and "other", which also have heads of their own."""
-    config = MixLoraConfig(**CONFIG, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
+    config = paper_form(**CONFIG, task_type="CAUSAL_LM", modules_to_save=["lm_head"])
     model = get_peft_model(llama, config)
     model.add_adapter("other", copy.deepcopy(config))
     heads = model.get_base_model().lm_head.modules_to_save

@@ -18,9 +18,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from llava_mixlora import MixLoraConfig
-
-from ...tiny import VOCABULARY, layers, message_of, random_ids, randomise
+from ...tiny import VOCABULARY, layers, message_of, paper_form, random_ids, randomise
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 IDS = random_ids(2, 7)
@@ -40,7 +38,7 @@ recent = pytest.mark.skipif(Version(transformers.__version__).major < 5, reason=
 
 def adapt(model, targets, **options):
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "target_modules": targets, **options}
-    return randomise(get_peft_model(model, MixLoraConfig(**options)), scale=0.3).eval()
+    return randomise(get_peft_model(model, paper_form(**options)), scale=0.3).eval()
 
 
 def opt():

@@ -10,12 +10,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.method.forward_passes import attach, use_scope
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 from llava_mixlora.method.routing_scope import RoutingScope
 
-from ...tiny import layers, randomise
+from ...tiny import layers, paper_form, randomise
 
 D_IN, D_OUT = 12, 10
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -34,7 +33,7 @@ class Net(nn.Module):
 
 def adapt(base=None, effect=True, **options):
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "target_modules": ["proj"], **options}
-    model = get_peft_model(Net(base), MixLoraConfig(**options)).eval()
+    model = get_peft_model(Net(base), paper_form(**options)).eval()
     return randomise(model, scale=2.0) if effect else model
 
 
@@ -420,7 +419,7 @@ def _adapters(model, *names):
 
 def test_several_active_adapters_add_up():
     model = adapt()
-    model.add_adapter("other", MixLoraConfig(r=1, num_factors=3, lora_alpha=4, target_modules=["proj"], routing="ifs"))
+    model.add_adapter("other", paper_form(r=1, num_factors=3, lora_alpha=4, target_modules=["proj"], routing="ifs"))
     randomise(model, seed=5, scale=2.0)
     x = torch.randn(2, 3, D_IN)
     default = effect_of(model, x)

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraError
 from llava_mixlora.method.merged_weight import merged_weight
 from llava_mixlora.method.static_core import lstsq_core, squared_error, squared_norm
 
-from ...tiny import layers, newer_peft, random_ids, randomise
+from ...tiny import layers, newer_peft, paper_form, random_ids, randomise
 
 IDS = random_ids(2, 6)
 
@@ -21,7 +21,7 @@ IDS = random_ids(2, 6)
 def adapt(model, trained=True, **options):
     """An adapter with an effect and, when trained, with statistics."""
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    model = randomise(get_peft_model(model, MixLoraConfig(**options)))
+    model = randomise(get_peft_model(model, paper_form(**options)))
     if trained:
         train(model)
     return model.eval()
@@ -84,7 +84,7 @@ def test_disabling_a_merged_adapter_shows_the_base(llama):
 
 def test_several_adapters_merge_together_or_one_after_the_other(llama):
     model = adapt(llama)
-    model.add_adapter("other", MixLoraConfig(r=1, num_factors=3, lora_alpha=4, task_type="CAUSAL_LM"))
+    model.add_adapter("other", paper_form(r=1, num_factors=3, lora_alpha=4, task_type="CAUSAL_LM"))
     model.set_adapter("other")
     randomise(model, seed=5)
     train(model)
@@ -114,7 +114,7 @@ def test_merging_without_statistics_is_refused_in_one_line_and_harms_nothing(lla
 
 def test_fresh_adapter_merges_without_effect(llama):
     expected = logits(llama)
-    model = get_peft_model(llama, MixLoraConfig(task_type="CAUSAL_LM"))
+    model = get_peft_model(llama, paper_form(task_type="CAUSAL_LM"))
     assert torch.equal(logits(model.merge_and_unload().eval()), expected)
 
 
@@ -139,15 +139,13 @@ class Net(nn.Module):
 
 
 def adapt_layer(base):
-    model = randomise(get_peft_model(Net(base), MixLoraConfig(r=2, num_factors=4, target_modules=["proj"])))
+    model = randomise(get_peft_model(Net(base), paper_form(r=2, num_factors=4, target_modules=["proj"])))
     model.train()(torch.randn(4, 5, 64))
     return model.eval()
 
 
 def test_merged_layer_is_as_far_off_as_the_statistics_say():
-    model = randomise(
-        get_peft_model(Net(nn.Linear(64, 32)), MixLoraConfig(r=2, num_factors=4, target_modules=["proj"]))
-    )
+    model = randomise(get_peft_model(Net(nn.Linear(64, 32)), paper_form(r=2, num_factors=4, target_modules=["proj"])))
     x = torch.randn(40, 5, 64)
     dynamic = model.train()(x).detach()
     (layer,) = layers(model.eval()).values()

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import nn
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.method.mixture import (
     Route,
     conditional_scores,
@@ -19,6 +18,8 @@ from llava_mixlora.method.mixture import (
     pooled_input,
     route_at_random,
 )
+
+from ...tiny import paper_form
 
 FLOAT64 = {"atol": 1e-9, "rtol": 1e-9}
 PARAMETERS = ("mixlora_A", "mixlora_B", "mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
@@ -97,7 +98,7 @@ def adapted_layer(shape, alpha):
     """A layer in float64 whose base contributes nothing, with random pools and routers."""
     model = nn.Sequential(nn.Linear(shape["d_in"], shape["d_out"], bias=False))
     nn.init.zeros_(model[0].weight)
-    config = MixLoraConfig(
+    config = paper_form(
         r=shape["r"],
         num_factors=shape["E"],
         lora_alpha=alpha,

@@ -22,16 +22,16 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig, MixLoraError, MixLoraLayer, MixLoraModel
+from llava_mixlora import MixLoraError, MixLoraLayer, MixLoraModel
 
-from ...tiny import layers, newer_peft, random_ids, randomise
+from ...tiny import layers, newer_peft, paper_form, random_ids, randomise
 
 IDS = random_ids(2, 6)
 LINEAR_LAYERS = 14
 
 
 def config(**options):
-    return MixLoraConfig(**{"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
+    return paper_form(**{"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options})
 
 
 def adapt(model, seed=0, **options):
@@ -390,14 +390,14 @@ def test_target_that_is_not_linear_is_one_clear_error(llama):
 
 def test_model_of_unknown_kind_needs_target_modules():
     with pytest.raises(ValueError, match="target_modules"):
-        get_peft_model(nn.Sequential(nn.Linear(2, 2)), MixLoraConfig())
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), paper_form())
 
 
 def test_model_that_was_entered_for_lora_is_known(monkeypatch):
     monkeypatch.setitem(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "new_model", ["inner"])
     base = Biased()
     base.config = {"model_type": "new_model"}
-    assert list(layers(get_peft_model(base, MixLoraConfig()))) == ["base_model.model.inner"]
+    assert list(layers(get_peft_model(base, paper_form()))) == ["base_model.model.inner"]
     assert MixLoraModel.target_module_mapping["llama"] != TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"]
 
 
@@ -425,7 +425,7 @@ class Biased(nn.Module):
 def test_bias_option_decides_which_biases_train_and_are_saved(tmp_path, bias, trained):
     base = Biased()
     state = copy.deepcopy(base.state_dict())
-    model = randomise(get_peft_model(base, MixLoraConfig(r=2, target_modules=["inner"], bias=bias)))
+    model = randomise(get_peft_model(base, paper_form(r=2, target_modules=["inner"], bias=bias)))
     biases = [n for n, p in model.named_parameters() if "bias" in n and p.requires_grad]
     assert [name.split(".")[2] for name in biases] == trained
     for parameter in model.parameters():

@@ -6,9 +6,7 @@ from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig
-
-from ...tiny import layers, newer_peft, random_ids, randomise
+from ...tiny import layers, newer_peft, paper_form, random_ids, randomise
 
 IDS = random_ids(2, 7)
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
@@ -20,7 +18,7 @@ ALL_LAYERS = {**ONE_LAYER, "model.layers.0": "disk"}
 
 def config(**options):
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    return MixLoraConfig(**options)
+    return paper_form(**options)
 
 
 def offloaded(folder, device_map, place):

@@ -8,11 +8,11 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraError
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 from llava_mixlora.method.router_loss import load_balance
 
-from ...tiny import layers, random_ids, randomise
+from ...tiny import layers, paper_form, random_ids, randomise
 
 WEIGHT = 0.7
 CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
@@ -22,7 +22,7 @@ CLOSE = {"atol": 1e-6, "rtol": 1e-4}
 
 def adapt(model, checkpointing=None, **options):
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    model = randomise(get_peft_model(model, MixLoraConfig(**options))).train()
+    model = randomise(get_peft_model(model, paper_form(**options))).train()
     if checkpointing is not None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
@@ -169,7 +169,7 @@ def test_tuple_output_gains_the_term_too(llama):
 
 def test_only_the_adapter_with_the_weight_is_balanced(llama):
     model = adapt(llama, balance_loss_weight=WEIGHT)
-    model.add_adapter("plain", MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM"))
+    model.add_adapter("plain", paper_form(r=2, num_factors=6, task_type="CAUSAL_LM"))
     with_term = model(**batch(0)).loss
     with_term.backward()
     model.set_adapter("plain")

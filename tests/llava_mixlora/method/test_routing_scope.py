@@ -14,13 +14,13 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import DynamicCache
 
-from llava_mixlora import MixLoraConfig, MixLoraError, known_prompt
+from llava_mixlora import MixLoraError, known_prompt
 from llava_mixlora.method import routing_scope
 from llava_mixlora.method.forward_passes import attach, current_scope, is_attached, refine, use_scope
 from llava_mixlora.method.model_inputs import IGNORE_INDEX, attended_positions
 from llava_mixlora.method.routing_scope import RoutingScope
 
-from ...tiny import layers, message_of, random_ids, randomise
+from ...tiny import layers, message_of, paper_form, random_ids, randomise
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 PROMPTS = [random_ids(1, length, seed=length) for length in (3, 5, 8, 6, 4, 9, 7, 10)]
@@ -28,7 +28,7 @@ PROMPTS = [random_ids(1, length, seed=length) for length in (3, 5, 8, 6, 4, 9, 7
 
 def adapt(model, **options):
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    return randomise(get_peft_model(model, MixLoraConfig(**options))).eval()
+    return randomise(get_peft_model(model, paper_form(**options))).eval()
 
 
 def routes(model):
@@ -137,7 +137,7 @@ UNKNOWN_PROMPTS = {
 def test_training_without_a_prompt_is_told_once_or_refused(case):
     labels, why = UNKNOWN_PROMPTS[case]
     options = {"target_modules": ["proj"], "r": 2, "num_factors": 6}
-    model, x = get_peft_model(Prefixed(), MixLoraConfig(**options)), torch.randn(2, 6, 4)
+    model, x = get_peft_model(Prefixed(), paper_form(**options)), torch.randn(2, 6, 4)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -145,14 +145,14 @@ def test_training_without_a_prompt_is_told_once_or_refused(case):
     assert len(told) == 1
     message = str(told[0].message)
     assert why in message and "completion_only_loss" in message and "known_prompt" in message and "\n" not in message
-    strict = get_peft_model(Prefixed(), MixLoraConfig(**options, unknown_prompt="error"))
+    strict = get_peft_model(Prefixed(), paper_form(**options, unknown_prompt="error"))
     assert why in message_of(strict, inputs_embeds=x, labels=labels)
     assert current_scope() is None
 
 
 @pytest.mark.parametrize("options", [{"router_scope": "sequence"}, {}, {"unknown_prompt": "error"}])
 def test_nobody_is_told_of_a_prompt_that_is_known_or_not_asked_for(options):
-    model = get_peft_model(Prefixed(), MixLoraConfig(target_modules=["proj"], r=2, num_factors=6, **options))
+    model = get_peft_model(Prefixed(), paper_form(target_modules=["proj"], r=2, num_factors=6, **options))
     x, prompt = torch.randn(2, 6, 4), torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -495,7 +495,7 @@ def test_mask_of_queries_and_keys_tells_what_is_padding(dtype, begin, opened, re
 
 
 def test_injected_adapter_generates_the_same_cached(_llama, llama, copy_of):
-    config = MixLoraConfig(r=2, num_factors=6, lora_alpha=8)
+    config = paper_form(r=2, num_factors=6, lora_alpha=8)
     injected = randomise(inject_adapter_in_model(config, copy_of(_llama))).eval()
     assert torch.equal(greedy(injected, PROMPTS[:2]), greedy(adapt(llama), PROMPTS[:2]))
 
@@ -594,7 +594,7 @@ class Recurrent(nn.Module):
 
 
 def test_cache_of_an_unknown_kind_is_no_error():
-    model = get_peft_model(Recurrent(), MixLoraConfig(target_modules=["proj"]))
+    model = get_peft_model(Recurrent(), paper_form(target_modules=["proj"]))
     output = model(inputs_embeds=torch.randn(2, 3, 4))
     model(inputs_embeds=torch.randn(2, 1, 4), past_key_values=output.past_key_values)
     assert current_scope() is None

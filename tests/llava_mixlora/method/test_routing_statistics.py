@@ -12,7 +12,6 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.method.mixture import Route, core
 from llava_mixlora.method.routing_statistics import (
     choices,
@@ -22,7 +21,7 @@ from llava_mixlora.method.routing_statistics import (
     usage_entropy,
 )
 
-from ...tiny import layers, random_ids, randomise
+from ...tiny import layers, paper_form, random_ids, randomise
 
 E, R = 6, 2
 CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
@@ -30,7 +29,7 @@ CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
 
 def adapt(model, **options):
     options = {"r": R, "num_factors": E, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    return randomise(get_peft_model(model, MixLoraConfig(**options))).train()
+    return randomise(get_peft_model(model, paper_form(**options))).train()
 
 
 def usage(model, adapter="default"):
@@ -136,7 +135,7 @@ def test_nothing_but_training_is_counted(llama):
 
 def test_only_active_adapters_count(llama):
     model = adapt(llama)
-    model.add_adapter("second", MixLoraConfig(r=1, num_factors=E, task_type="CAUSAL_LM"))
+    model.add_adapter("second", paper_form(r=1, num_factors=E, task_type="CAUSAL_LM"))
     train(model)
     model.set_adapter("second")
     train(model)

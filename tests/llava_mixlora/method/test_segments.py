@@ -9,12 +9,12 @@ from packaging.version import Version
 from peft import get_peft_model
 from torch import nn
 
-from llava_mixlora import MixLoraConfig, known_prompt
+from llava_mixlora import known_prompt
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 from llava_mixlora.method.segments import Segments, conversation_turns, routed_positions
 from llava_mixlora.method.static_core import instance_grams
 
-from ...tiny import layers, random_ids, randomise
+from ...tiny import layers, paper_form, random_ids, randomise
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 each_example = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -26,7 +26,7 @@ conversations = st.lists(turns, min_size=1, max_size=3)
 
 def adapt(model, **options):
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    return randomise(get_peft_model(model, MixLoraConfig(**options))).eval()
+    return randomise(get_peft_model(model, paper_form(**options))).eval()
 
 
 @pytest.fixture

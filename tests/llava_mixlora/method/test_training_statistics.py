@@ -10,13 +10,12 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.method import training_statistics
 from llava_mixlora.method.mixture import core
 from llava_mixlora.method.static_core import instance_moments
 from llava_mixlora.method.training_statistics import Statistics, TrainingStatistics
 
-from ...tiny import layers, random_ids, randomise
+from ...tiny import layers, paper_form, random_ids, randomise
 
 E, R = 6, 2
 CHECKPOINTING = [None, {"use_reentrant": True}, {"use_reentrant": False}]
@@ -25,7 +24,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 def adapt(model, **options):
     options = {"r": R, "num_factors": E, "lora_alpha": 8, "task_type": "CAUSAL_LM", **options}
-    return randomise(get_peft_model(model, MixLoraConfig(**options))).train()
+    return randomise(get_peft_model(model, paper_form(**options))).train()
 
 
 def moments(model, adapter="default"):
@@ -144,7 +143,7 @@ def test_forward_of_another_thread_counts_for_itself(llama):
 
 def test_adapters_of_different_sizes_sum_as_each_does_alone(llama):
     model = adapt(llama)
-    model.add_adapter("second", MixLoraConfig(r=1, num_factors=E + 1, task_type="CAUSAL_LM"))
+    model.add_adapter("second", paper_form(r=1, num_factors=E + 1, task_type="CAUSAL_LM"))
     randomise(model, seed=2)
     both = copy.deepcopy(model)
     both.base_model.set_adapter(["default", "second"])
@@ -245,7 +244,7 @@ def test_adapter_saved_without_moments_loads(llama, llama_folder, tmp_path, recw
 
 def test_deleted_adapter_takes_its_moments_along(llama):
     model = adapt(llama)
-    model.add_adapter("second", MixLoraConfig(r=1, num_factors=E, task_type="CAUSAL_LM"))
+    model.add_adapter("second", paper_form(r=1, num_factors=E, task_type="CAUSAL_LM"))
     model.set_adapter("second")
     model.delete_adapter("default")
     assert all(list(layer.mixlora_stats_moments.keys()) == ["second"] for layer in layers(model).values())

@@ -5,11 +5,10 @@ import torch
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.method.routing_statistics import dead_share, router_entropy, usage_balance
 from llava_mixlora.training.routing_callback import RoutingCallback, add_routing_callback
 
-from ...tiny import layers, random_ids, randomise
+from ...tiny import layers, paper_form, random_ids, randomise
 
 KEYS = {f"mixlora_{name}_{pool}" for name in ("router_entropy", "dead_share", "usage_balance") for pool in "AB"}
 
@@ -44,7 +43,7 @@ def trainer(llama, tmp_path):
     def build(callbacks, mixlora=True, routing="ifs_cfs", pairing="rank", add=True, **options):
         options = {"report_to": "none", "save_strategy": "no", "max_steps": 4, "logging_steps": 2, **options}
         if mixlora:
-            config = MixLoraConfig(r=2, num_factors=6, routing=routing, pairing=pairing, task_type="CAUSAL_LM")
+            config = paper_form(r=2, num_factors=6, routing=routing, pairing=pairing, task_type="CAUSAL_LM")
             model = randomise(get_peft_model(llama, config))
         else:
             model = llama

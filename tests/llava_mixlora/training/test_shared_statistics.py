@@ -10,10 +10,10 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from llava_mixlora import MixLoraConfig, RoutingCallback, share_statistics
+from llava_mixlora import RoutingCallback, share_statistics
 from llava_mixlora.training.shared_statistics import leave_to_each_process
 
-from ...tiny import layers, message_of, random_ids
+from ...tiny import layers, message_of, paper_form, random_ids
 
 IGNORED = "_ddp_params_and_buffers_to_ignore"
 OTHERS = "base_model.model.lm_head.weight"
@@ -21,7 +21,7 @@ OTHERS = "base_model.model.lm_head.weight"
 
 @pytest.fixture
 def model(llama):
-    return get_peft_model(llama, MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM"))
+    return get_peft_model(llama, paper_form(r=2, num_factors=6, task_type="CAUSAL_LM"))
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_data_parallelism_leaves_the_counts_to_each_process(model, process_group
 
 
 def test_adapter_that_came_later_is_left_to_each_process_too(model, process_group):
-    model.add_adapter("other", MixLoraConfig(r=2, num_factors=4, task_type="CAUSAL_LM"))
+    model.add_adapter("other", paper_form(r=2, num_factors=4, task_type="CAUSAL_LM"))
     model.base_model.set_adapter(["default", "other"])
     assert sum("mixlora_stats" in name for name, _ in model.named_buffers()) == 2 * 28
     assert broadcast_statistics(model) == []
@@ -138,12 +138,12 @@ def test_counts_of_the_processes_add_up_and_loaded_counts_do_not(model, tmp_path
 
 def count_and_replace(rank, model):
     """An adapter that is replaced by a fresh one of its name, beside one whose counts are loaded in the meantime."""
-    model.add_adapter("other", MixLoraConfig(r=2, num_factors=4, task_type="CAUSAL_LM"))
+    model.add_adapter("other", paper_form(r=2, num_factors=4, task_type="CAUSAL_LM"))
     add(model, 10)
     share_statistics(model)
     model.base_model.set_adapter("other")
     model.delete_adapter("default")
-    model.add_adapter("default", MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM"))
+    model.add_adapter("default", paper_form(r=2, num_factors=6, task_type="CAUSAL_LM"))
     add(model, 1 + rank)
     add(model, 50, "other")
     model.load_state_dict({name: value for name, value in model.state_dict().items() if "other" in name}, strict=False)

@@ -16,10 +16,12 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from llava_mixlora import MixLoraConfig, MixLoraError, RoutingCallback, share_statistics
+from llava_mixlora import MixLoraError, RoutingCallback, share_statistics
 from llava_mixlora.method.word_centre import word_sums
 from tests.conftest import LLAMA
 from tests.tiny import VOCABULARY, layers, random_ids, randomise
+
+from ...tiny import paper_form
 
 STEPS, BATCH = 3, 4
 WORDS = {"pairing": "same", "router_input": "words"}
@@ -32,7 +34,7 @@ def base():
 
 
 def adapted(**options):
-    config = MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM", **options)
+    config = paper_form(r=2, num_factors=6, task_type="CAUSAL_LM", **options)
     return randomise(get_peft_model(base(), config)).train()
 
 

@@ -5,12 +5,11 @@ from collections import Counter
 import pytest
 import torch
 
-from llava_mixlora import MixLoraConfig
 from llava_mixlora.evaluation.answering import answer
 from llava_mixlora.evaluation.questions import Question
 from playground.studies.short_training import WITHOUT_SYSTEM, Items, TinyLlava, accuracy, drawn, right, train
 
-from ...tiny import LINEAR_LAYERS, draw_pictures, randomise
+from ...tiny import LINEAR_LAYERS, draw_pictures, paper_form, randomise
 
 ANSWERS = ["red", "green", "blue", "circle", "square", "red circle", "shape", "color"]
 LEARNT = [0, 1, 2]
@@ -36,7 +35,7 @@ def sample(number, text):
 
 
 def adapted(llava, **options):
-    config = MixLoraConfig(r=2, num_factors=6, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM", **options)
+    config = paper_form(r=2, num_factors=6, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM", **options)
     return llava.adapted(config, seed=0)
 
 
