@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 from playground.answers import Answers
+from playground.data.main_job import BOOK
 
 RIGHT, WRONG = "#1a7f37", "#b42318"
 
@@ -27,46 +30,70 @@ def accuracy_by_task(questions: list[dict[str, Any]], texts: list[str]) -> dict[
     return {task: 100 * sum(hits) / len(hits) for task, hits in right.items()}
 
 
-def results(
-    questions: list[dict[str, Any]], before: list[str], after: list[str], trainable_parameters: int, seconds: float
-) -> dict[str, Any]:
-    """The contents of `results.json`; accuracies in percent, `seconds` of wall time."""
-    was, now = accuracy_by_task(questions, before), accuracy_by_task(questions, after)
+def results(questions: list[dict[str, Any]], before: list[str], after: list[str], of_lora: list[str]) -> dict[str, Any]:
+    """What `results.json` says of answers: accuracies in percent, by task and in the mean.
+
+    `before`: the base model's answers, `after`: those with MixLoRA, `of_lora`: those with the plain LoRA beside it.
+    """
+    was, now, plain = (accuracy_by_task(questions, texts) for texts in (before, after, of_lora))
     counts = {task: sum(question["task"] == task for question in questions) for task in was}
     tasks = {task: {"before": round(was[task], 2), "after": round(now[task], 2), "n": counts[task]} for task in was}
     return {
         "tasks": tasks,
-        "mean_before": round(sum(was.values()) / len(was), 2),
-        "mean_after": round(sum(now.values()) / len(now), 2),
-        "seconds": round(seconds, 1),
-        "trainable_parameters": trainable_parameters,
+        "mean_before": _mean(was.values()),
+        "mean_after": _mean(now.values()),
+        "lora": {"tasks": {task: round(plain[task], 2) for task in plain}, "mean_after": _mean(plain.values())},
     }
 
 
 def table(contents: dict[str, Any]) -> str:
     """The accuracies as a text table."""
-    width = max(len("mean"), *(len(task) for task in contents["tasks"]))
-    rule = "-" * (width + 34)
-    rows = [f"{'task':<{width}}  {'questions':>9}  {'before':>7}  {'after':>7}", rule]
-    for task, row in contents["tasks"].items():
-        rows.append(f"{task:<{width}}  {row['n']:>9}  {row['before']:>6.1f}%  {row['after']:>6.1f}%")
-    total = sum(row["n"] for row in contents["tasks"].values())
-    rows += [rule, f"{'mean':<{width}}  {total:>9}  {contents['mean_before']:>6.1f}%  {contents['mean_after']:>6.1f}%"]
-    return "\n".join(rows)
+    titles, *rows = _rows(contents)
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{title:<{width}}" + "".join(f"  {value:>9}" for value in values) for title, *values in (titles, *rows)]
+    rule = "-" * len(lines[0])
+    tasks = len(contents["tasks"])
+    return "\n".join([lines[0], rule, *lines[1 : 1 + tasks], rule, *lines[1 + tasks :]])
 
 
 def markdown(contents: dict[str, Any]) -> str:
     """The accuracies as a Markdown table, for the model card."""
-    rows = [
-        "Held-out accuracy (exact match, greedy) of the embedded default.",
-        "",
-        "| task | questions | before | after |",
-        "| --- | --- | --- | --- |",
+    titles, *rows = _rows(contents)
+    tasks = len(contents["tasks"])
+    rows[tasks:] = [[f"**{value}**" for value in row] for row in rows[tasks:]]
+    lines = ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
+    told = (
+        "Held-out accuracy (exact match, greedy) of the embedded default. *LoRA* is a plain LoRA whose rank is the "
+        "number of factors, trained on the same data for as many steps."
+    )
+    return "\n".join([told, "", *lines])
+
+
+def _rows(contents: dict[str, Any]) -> list[list[str]]:
+    """Titles, a row for each task, and means: over the code books, the other tasks and all."""
+    tasks, lora = contents["tasks"], contents["lora"]
+    columns = {
+        "before": {task: row["before"] for task, row in tasks.items()},
+        "LoRA": lora["tasks"],
+        "MixLoRA": {task: row["after"] for task, row in tasks.items()},
+    }
+    books = [task for task in tasks if task.startswith(BOOK)]
+    others = [task for task in tasks if task not in books]
+
+    def row(title: str, of_tasks: list[str]) -> list[str]:
+        means = [sum(column[task] for task in of_tasks) / len(of_tasks) for column in columns.values()]
+        return [title, str(sum(tasks[task]["n"] for task in of_tasks)), *(f"{mean:.1f}%" for mean in means)]
+
+    means = {"mean of the code books": books, "mean of the others": others, "mean": list(tasks)}
+    return [
+        ["task", "questions", *columns],
+        *(row(task, [task]) for task in tasks),
+        *(row(title, of_tasks) for title, of_tasks in means.items() if of_tasks),
     ]
-    rows += [f"| {task} | {r['n']} | {r['before']:.1f}% | {r['after']:.1f}% |" for task, r in contents["tasks"].items()]
-    total = sum(row["n"] for row in contents["tasks"].values())
-    rows.append(f"| **mean** | {total} | {contents['mean_before']:.1f}% | **{contents['mean_after']:.1f}%** |")
-    return "\n".join(rows)
+
+
+def _mean(accuracies: Iterable[float]) -> float:
+    return round(statistics.mean(accuracies), 2)
 
 
 def samples(questions: list[dict[str, Any]], texts: list[str], count: int = 6) -> list[tuple[dict[str, Any], str]]:
@@ -102,13 +129,14 @@ def draw_contact_sheet(path: Path, questions: list[dict[str, Any]], texts: list[
     _save(figure, path, h_pad=3.0)
 
 
-def draw_loss_curve(path: Path, trainer_state: Path) -> None:
-    """The training loss by step, from the `trainer_state.json` that upstream's train() leaves."""
-    history = json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"]
-    points = [(entry["step"], float(entry["loss"])) for entry in history if "loss" in entry]
+def draw_loss_curve(path: Path, mixlora: Path, lora: Path) -> None:
+    """The training losses by step, from the `trainer_state.json` files that upstream's train() leaves."""
     figure, axis = plt.subplots(figsize=(7, 4))
-    axis.plot(*zip(*points))
-    axis.set(xlabel="step", ylabel="training loss", title="MixLoRA fine-tuning of the tiny LLaVA", yscale="log")
+    for name, trainer_state in (("MixLoRA", mixlora), ("LoRA", lora)):
+        history = json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"]
+        axis.plot(*zip(*((entry["step"], float(entry["loss"])) for entry in history if "loss" in entry)), label=name)
+    axis.set(xlabel="step", ylabel="training loss", title="Fine-tuning of the tiny LLaVA", yscale="log")
+    axis.legend()
     axis.grid(alpha=0.3, which="both")
     _save(figure, path)
 

@@ -51,7 +51,7 @@ for step in "${steps[@]}"; do
             python -m playground.benchmarks.benchmark gpu "${size[@]}" --output "$results/benchmark_gpu.json"
             ;;
         qlora)
-            OUTPUT_DIR="$output" CACHE_DIR="$cache" bash scripts/finetune_mixlora_qlora.sh ifs_cfs 16 4 \
+            OUTPUT_DIR="$output" CACHE_DIR="$cache" bash scripts/finetune_mixlora_qlora.sh \
                 --optim adamw_torch "${bf16[@]}"
             cp "$output/results.json" "$results/qlora_gpu.json"
             ;;
@@ -61,7 +61,7 @@ for step in "${steps[@]}"; do
             ;;
         smollm2)
             LANGUAGE_MODEL=smollm2 OUTPUT_DIR="$output-smollm2" CACHE_DIR="$cache" bash scripts/finetune_mixlora.sh \
-                ifs_cfs 16 4 "${bf16[@]}"
+                "${bf16[@]}"
             cp "$output-smollm2/results.json" "$results/smollm2_gpu.json"
             ;;
     esac

@@ -22,7 +22,7 @@ model="$playground/output/llava-v1-tiny-mixlora" questions=""
 if [[ $# -gt 0 && "$1" != --* ]]; then model="$1"; shift; fi
 if [[ $# -gt 0 && "$1" != --* ]]; then questions="$1"; shift; fi
 if [[ -z "$questions" ]]; then
-    questions="$playground/cache/data/heldout.json"
+    questions="$playground/cache/questions/heldout.json"
     if [[ ! -f "$questions" ]]; then
         echo "error: $questions is not there yet; run scripts/finetune_mixlora.sh first, or name MODEL and QUESTIONS" >&2
         exit 1

@@ -3,10 +3,12 @@
 #
 #   bash scripts/finetune_mixlora.sh [ROUTING [FACTORS [RANK]]] [--flags of llava.train.train ...]
 #
-# Without a MODEL: the embedded default. Real images and a tiny LLaVA, minutes on two CPU cores, nothing downloaded.
-# With a MODEL: the run of the paper, under DeepSpeed where there is a GPU.
+# Without a MODEL: the embedded default. Real images and a tiny LLaVA, minutes on two CPU cores, nothing downloaded; a
+# plain LoRA of rank FACTORS is trained beside it.
+# With a MODEL: training with the authors' hyperparameters, under DeepSpeed where there is a GPU.
 #
-#   ROUTING  ifs_cfs (default), ifs or random; the authors' names input_lora_a_param and input are understood
+#   ROUTING  ifs (default), ifs_cfs or random. The authors' names input_lora_a_param and input, for ifs_cfs and ifs, and
+#            the paper's ifs_cfs choose by two routers (--mixlora_pairing rank), the others by one
 #   FACTORS  rank-one factors in each pool (default 16)
 #   RANK     factors chosen per instance (default 4)
 #
@@ -35,11 +37,14 @@ while [[ $# -gt 0 && "$1" != --* && ${#positional[@]} -lt 3 ]]; do
     positional+=("$1")
     shift
 done
-routing="${positional[0]:-ifs_cfs}"
+routing="${positional[0]:-}"
 factors="${positional[1]:-16}"
 rank="${positional[2]:-4}"
 case "$routing" in
-    input) routing=ifs ;;
+    input)
+        routing=ifs
+        set -- --mixlora_pairing rank "$@" # the user's own flags come last, and win
+        ;;
     input_lora_a_param) routing=ifs_cfs ;;
 esac
 for number in "$factors" "$rank"; do
@@ -68,14 +73,14 @@ if [[ -n "${QLORA:-}" ]]; then
     kind=mixlora-qlora
     quantized=(--bits 4)
     has_gpu && quantized+=(--optim paged_adamw_8bit)
-    set -- "${quantized[@]}" "$@" # the user's own flags come last, and win
+    set -- "${quantized[@]}" "$@" # the user's own flags win here too
 fi
 
 if [[ -z "${MODEL:-}" ]]; then
     # Waiting threads must not spin: on a few cores, one other busy program would slow them down many times over.
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     # A trial leaves what a real run made alone.
-    exec python -m playground.embedded_default --routing "$routing" --factors "$factors" --rank "$rank" \
+    exec python -m playground.embedded_default ${routing:+--routing "$routing"} --factors "$factors" --rank "$rank" \
         --language-model "$language_model" \
         --output "${OUTPUT_DIR:-$root/playground/output/${TRIAL:+trial/}llava-v1-$language_model-$kind}" \
         --cache "${CACHE_DIR:-$root/playground/cache${TRIAL:+/trial}}" ${TRIAL:+--trial} -- "$@"
@@ -83,11 +88,11 @@ fi
 
 : "${DATA_PATH:?set DATA_PATH to the training data (JSON in the format of LLaVA)}"
 : "${IMAGE_FOLDER:?set IMAGE_FOLDER to the folder of the images that DATA_PATH names}"
-output="${OUTPUT_DIR:-checkpoints/llava-$(basename "$MODEL")-$kind-$routing-E$factors-r$rank}"
+output="${OUTPUT_DIR:-checkpoints/llava-$(basename "$MODEL")-$kind${routing:+-$routing}-E$factors-r$rank}"
 
 # The hyperparameters of the authors' script; lora_alpha is twice the number of factors there.
 arguments=(
-    --mixlora_enable True --mixlora_routing "$routing" --mixlora_num_factors "$factors"
+    --mixlora_enable True ${routing:+--mixlora_routing "$routing"} --mixlora_num_factors "$factors"
     --lora_r "$rank" --lora_alpha $((2 * factors)) --lora_dropout 0.05
     --model_name_or_path "$MODEL" --version v1
     --data_path "$DATA_PATH" --image_folder "$IMAGE_FOLDER"

@@ -59,7 +59,7 @@ AT_FIRST = {
         *("MixLoRA words, task labels, r=4", "MixLoRA random routes, r=4", "oracle routes, r=4"),
     ),
     PARAPHRASED_8: (
-        *(ONE_PER_TASK.name, "LoRA, r=16", "LoRA, r=32", "Poly, r=4", "X-LoRA, r=4"),
+        *(ONE_PER_TASK.name, "LoRA, r=16", "LoRA, r=32", "Poly, r=4"),
         *("MixLoRA paper, r=4", "MixLoRA instruction, r=4", "MixLoRA words, r=4"),
         *("MixLoRA words, task labels, r=4", "oracle routes, r=4"),
     ),
@@ -67,12 +67,10 @@ AT_FIRST = {
     PARAPHRASED_32: (ONE_PER_TASK.name, "LoRA, r=32", "MixLoRA words, task labels, r=4", "oracle routes, r=4"),
 }
 AFTER_LONG = {
-    FIXED_8: ("LoRA, r=16", "LoRA, r=32", "MixLoRA paper, r=4", "MixLoRA words, r=4"),
-    PARAPHRASED_8: ("LoRA, r=16", "LoRA, r=32", "MixLoRA words, task labels, r=4"),
-    FIXED_32: (),
-    PARAPHRASED_32: ("LoRA, r=32", "MixLoRA words, task labels, r=4"),
+    FIXED_8: ("LoRA, r=16", "MixLoRA paper, r=4", "MixLoRA words, r=4"),
+    PARAPHRASED_8: ("LoRA, r=16", "MixLoRA words, task labels, r=4"),
 }
-AFTER_LONGEST = {FIXED_8: ("LoRA, r=16",), PARAPHRASED_8: ("LoRA, r=16",)}
+AFTER_LONGEST = {FIXED_8: ("LoRA, r=16",)}
 IN_SHORT = {
     FIXED_8: (
         *(ONE_PER_TASK.name, "LoRA, r=32"),
@@ -89,6 +87,6 @@ def cells(short: bool) -> list[Cell]:
     found = []
     for setting, methods in AT_FIRST.items():
         found += [Cell(setting, method, setting.steps) for method in methods]
-        found += [Cell(setting, method, LONG) for method in AFTER_LONG[setting]]
+        found += [Cell(setting, method, LONG) for method in AFTER_LONG.get(setting, ())]
         found += [Cell(setting, method, LONGEST) for method in AFTER_LONGEST.get(setting, ())]
     return found

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,9 @@ def main() -> int:
             write_json(results, study(arguments))
     except MixLoraError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenProcessPool:
+        print("\nerror: a training process was killed (short of memory?); the same command goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)

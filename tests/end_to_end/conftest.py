@@ -33,7 +33,7 @@ def main_job(tmp_path_factory):
     with FileLock(shared / "main-job.lock"):
         if not printed.is_file():
             place.mkdir(exist_ok=True)
-            done = finetune(place, "ifs_cfs", "8", "2")
+            done = finetune(place, "ifs", "8", "2")
             assert done.returncode == 0, done.stdout + done.stderr
             printed.write_text(done.stdout)
     return place, printed.read_text()

@@ -79,7 +79,8 @@ def test_merge_script_makes_a_checkpoint_that_answers_without_the_plugin(main_jo
 def test_eval_script_scores_what_the_job_reports(main_job):
     place, _ = main_job
     out, data = place / "llava-v1-out", place / "cache" / "data"
-    words = [out, data / "heldout.json", "--image-folder", data / "images", "--limit", "3", "--max-new-tokens", "16"]
+    asked = place / "cache" / "questions" / "heldout.json"
+    words = [out, asked, "--image-folder", data / "images", "--limit", "3", "--max-new-tokens", "16"]
     done = subprocess.run(["bash", str(EVAL_SCRIPT), *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     scores = json.loads((out / "results" / "heldout" / "scores.json").read_text())
@@ -113,15 +114,19 @@ def test_study_keeps_what_it_has_measured_and_ends_with_table_and_picture(main_j
     place, _ = main_job
     done = study(place, "run", "--only", "r=16")
     assert done.returncode == 0, done.stderr
-    single, lora = json.loads((place / "results" / "study.json").read_text())["cells"]
-    assert (single["row"], lora["row"], lora["r"]) == ("one LoRA per task", "LoRA", 16)
-    for cell in (single, lora):
-        assert list(cell["seeds"]) == ["0", "1", "2"] and len(cell["by_task"]) == TASKS - 1
-    assert "zero_shot_mean" in lora and "zero_shot_mean" not in single
+    cells = json.loads((place / "results" / "study.json").read_text())["cells"]
+    assert {(cell["method"], cell["r"]) for cell in cells} == {("LoRA", 16)}
+    eleven, books, longer, longest, paraphrased, *_ = cells
+    assert (eleven["setting"], books["setting"]) == ("eleven tasks", "8 code books, fixed wording")
+    assert [cell["steps"] for cell in (books, longer, longest)] == [2, 10, 20]
+    for cell in cells:
+        assert list(cell["seeds"]) == ["0", "1", "2"] and len(cell["validation_by_rate"]) >= 2
+    assert len(eleven["asked"]["held out"]["by_task"]) == 11 and "zero-shot" in eleven["asked"]
+    assert "new wordings" in paraphrased["asked"] and "new wordings" not in books["asked"]
     assert (place / "results" / "study.png").read_bytes().startswith(b"\x89PNG")
     measured = (place / "notes.json").read_text()
     shown = study(place, "show")
-    assert "| LoRA | " in shown.stdout and shown.stdout in done.stdout
+    assert "| LoRA, r=16 | " in shown.stdout and shown.stdout in done.stdout
     again = study(place, "run", "--only", "r=16")
     assert again.returncode == 0 and (place / "notes.json").read_text() == measured
 

@@ -30,11 +30,13 @@ def test_output_holds_adapter_results_and_pictures(main_job):
 def test_card_tells_data_hyperparameters_and_results(main_job):
     place, _ = main_job
     card = (place / "llava-v1-out" / "README.md").read_text()
-    data = place / "cache" / "data" / "train.json"
+    data = place / "cache" / "questions" / "train.json"
     assert f"| sha256 of the data | {hashlib.sha256(data.read_bytes()).hexdigest()} |" in card
     assert f"| samples | {len(json.loads(data.read_text()))} |" in card and "| learning_rate | 0.002 |" in card
     results = json.loads((place / "llava-v1-out" / "results.json").read_text())
-    assert f"| **mean** | {3 * TASKS} | {results['mean_before']:.1f}% | **{results['mean_after']:.1f}%** |" in card
+    means = (results["mean_before"], results["lora"]["mean_after"], results["mean_after"])
+    shown = " | ".join(f"**{mean:.1f}%**" for mean in means)
+    assert f"| **mean** | **{3 * TASKS}** | {shown} |" in card
     assert "llava-mixlora run -m llava.serve.cli" in card and str(place) not in card
     assert "\npipeline_tag: image-text-to-text\n" in card
 
@@ -42,7 +44,7 @@ def test_card_tells_data_hyperparameters_and_results(main_job):
 def test_results_report_every_task_before_and_after(main_job):
     place, printed = main_job
     results = json.loads((place / "llava-v1-out" / "results.json").read_text())
-    assert set(results) == {"tasks", "mean_before", "mean_after", "seconds", "trainable_parameters", "machine"}
+    assert set(results) == {"tasks", "mean_before", "mean_after", "lora", "seconds", "trainable_parameters", "machine"}
     assert len(results["tasks"]) == TASKS
     for name, row in results["tasks"].items():
         assert set(row) == {"before", "after", "n"} and row["n"] == 3
@@ -55,17 +57,35 @@ def test_results_report_every_task_before_and_after(main_job):
     assert f"{results['trainable_parameters']:,}" in printed and "llava.serve.cli" in printed
 
 
+def test_plain_lora_is_trained_as_long_beside(main_job):
+    place, printed = main_job
+    results, lora = json.loads((place / "llava-v1-out" / "results.json").read_text()), place / "llava-v1-out-lora"
+    assert set(results["lora"]) == {"tasks", "mean_after", "r", "trainable_parameters"}
+    assert results["lora"]["tasks"].keys() == results["tasks"].keys() and results["lora"]["r"] == 8
+    config = json.loads((lora / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 8, 16)
+    steps, of_lora = (json.loads((place / name / "trainer_state.json").read_text()) for name in ("llava-v1-out", lora))
+    assert steps["global_step"] == of_lora["global_step"] == 4
+    trained = [*load_file(lora / "adapter_model.safetensors").values()]
+    trained += torch.load(lora / "non_lora_trainables.bin", weights_only=True).values()
+    assert results["lora"]["trainable_parameters"] == sum(tensor.numel() for tensor in trained)
+    assert (
+        "Fine-tuning with a plain LoRA: 4 steps" in printed
+        and f"{results['lora']['trainable_parameters']:,}" in printed
+    )
+
+
 def test_interrupted_run_goes_on_with_training_and_does_not_train_again_while_answering(main_job):
     place, _ = main_job
     output = place / "llava-v1-interrupted"
     interrupt_when(place, output, "Fine-tuning with MixLoRA", wait=1)
     assert not (output / "results.json").exists()
-    before = interrupt_when(place, output, "Asking the fine-tuned model", wait=0)
+    before = interrupt_when(place, output, "Asking the plain LoRA", wait=0)
     assert all(line in before for line in CACHED)
     assert "Fine-tuning with MixLoRA" in before
     done = finetune(place, "ifs", "4", "2", OUTPUT_DIR=str(output))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "done by the interrupted run" in done.stdout and "Fine-tuning with MixLoRA" not in done.stdout
+    assert done.stdout.count("done by an earlier run") == 2 and "4 steps" not in done.stdout
     assert (output / "results.json").exists()
 
 
@@ -137,19 +157,20 @@ def test_your_own_model_and_data_train_through_the_same_script(main_job, tmp_pat
     place, _ = main_job
     done = finetune(
         place,
-        *("ifs", "4", "2", *ONE_STEP, "--evaluation_strategy", "no"),
+        *("input", "4", "2", *ONE_STEP, "--evaluation_strategy", "no"),
         **own_model(place),
         OUTPUT_DIR=str(tmp_path / "own"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "own" / "adapter_config.json").read_text())["lora_alpha"] == 8
+    config = json.loads((tmp_path / "own" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["routing"], config["pairing"]) == (8, "ifs", "rank")
     shutil.rmtree(tmp_path / "own")
 
 
 def test_qlora_script_does_the_same_job_on_4_bit_weights(main_job):
     place, _ = main_job
     output = place / "llava-v1-qlora"
-    done = finetune(place, "ifs_cfs", "8", "2", script=QLORA_SCRIPT, OUTPUT_DIR=str(output))
+    done = finetune(place, "ifs", "8", "2", script=QLORA_SCRIPT, OUTPUT_DIR=str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(line in done.stdout for line in CACHED)
     results, sibling = (json.loads((o / "results.json").read_text()) for o in (output, place / "llava-v1-out"))
