@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from playground.answers import Answers
 
-IMAGES = "images"
+IMAGES, QUESTIONS = "images", "questions"  # folders: of the pictures within the data, and beside the data
 RESULTS = "results.json"
 TRAINED_WITH = "playground_run.json"  # in the output folder: the training's settings, and whether it is finished
 TRIAL_STEPS, TRIAL_QUESTIONS, TRIAL_BATCH_SIZE = 4, 3, 2
@@ -74,16 +74,16 @@ def run(arguments: argparse.Namespace) -> None:
         check_writable(folder)
 
     base = (prepare_smollm2 if arguments.language_model == "smollm2" else prepare_base)(arguments)
-    questions_of_job = arguments.cache / "questions"
-    prepare_questions(arguments, questions_of_job)
+    questions = arguments.cache / QUESTIONS
+    prepare_questions(arguments, questions)
     paths = {
         "model_name_or_path": base.absolute(),
-        "data_path": questions_of_job / TRAIN,
+        "data_path": questions / TRAIN,
         "image_folder": arguments.cache / "data" / IMAGES,
         "vision_tower": (arguments.cache / "tower").absolute(),
     }
     output = arguments.output
-    lora = output.with_name(f"{output.name}-lora")
+    lora = lora_beside(output)
     finetune("MixLoRA", settings_of_mixlora(arguments), paths, arguments.flags, output)
     finetune("a plain LoRA", settings_of_lora(arguments), paths, without_mixlora(arguments.flags), lora)
 
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     from playground.answers import read_questions
     from playground.measuring import machine
 
-    asked = read_questions(questions_of_job / HELDOUT, TRIAL_QUESTIONS if arguments.trial else None)
+    asked = read_questions(questions / HELDOUT, TRIAL_QUESTIONS if arguments.trial else None)
     images = arguments.cache / "data" / IMAGES
     _announce("Asking the base model the held-out questions")
     stored = arguments.cache / f"answers_of_{base.name}.json"
@@ -111,6 +111,11 @@ def run(arguments: argparse.Namespace) -> None:
     write_json(output / RESULTS, contents)
     add_results(output, report.markdown(contents))
     _show(contents, report.samples(asked, after.texts), report.table(contents), output, images)
+
+
+def lora_beside(output: Path) -> Path:
+    """The folder of the plain LoRA that belongs to the adapter in `output`."""
+    return output.with_name(f"{output.name}-lora")
 
 
 def settings_of_mixlora(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -241,6 +246,7 @@ def finetune(what: str, settings: dict[str, Any], paths: dict[str, Any], flags: 
             leftover.unlink(missing_ok=True)
         for checkpoint in output.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)  # of another run; upstream would go on from it
+        output.mkdir(parents=True, exist_ok=True)
         write_json(record, {"settings": trained_with, "finished": False})
     train({**paths, "output_dir": output, **CHECKPOINTS, **settings}, flags)
     write_json(record, {"settings": trained_with, "finished": True})

@@ -20,7 +20,8 @@ from llava_mixlora.inference.loading import load_for_inference
 from playground import PLAYGROUND
 from playground.answers import CONVERSATION, LONGEST_ANSWER
 from playground.atomic import write_json
-from playground.embedded_default import HELDOUT, IMAGES
+from playground.data.main_job import HELDOUT
+from playground.embedded_default import IMAGES
 from playground.measuring import machine
 
 ONE_BY_ONE = 1

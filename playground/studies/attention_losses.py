@@ -24,7 +24,8 @@ from llava_mixlora.attention import FLASH, INSTEAD, available_attention
 from playground import PLAYGROUND
 from playground.atomic import write_json
 from playground.base.tiny_base import train
-from playground.embedded_default import IMAGES, TRAIN
+from playground.data.main_job import TRAIN
+from playground.embedded_default import IMAGES
 from playground.measuring import machine
 
 ADAPTER = {"mixlora_enable": True, "lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.0, "learning_rate": 2e-3}

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_mixlora.inputs import read_conversations
+from playground.data.main_job import HELDOUT as HELDOUT_FILE
+from playground.data.main_job import TRAIN as TRAIN_FILE
 from playground.data.main_job import first_of_each_task
-from playground.embedded_default import HELDOUT as HELDOUT_FILE
-from playground.embedded_default import TRAIN as TRAIN_FILE
 from playground.studies.comparison import HELDOUT, TRAIN, VALIDATION, Cell, Setting
 from playground.studies.methods import METHODS
 from playground.studies.short_training import Sample

@@ -2,9 +2,9 @@
 
     python -m playground.studies.merge_study            # after scripts/finetune_mixlora.sh has trained the adapter
 
-Asks the dynamic model, its merges by every method, a merge for each task (asked that task's questions), and a plain
-LoRA of rank E that is trained here for as many steps as the adapter was. Merges are calibrated on training questions.
-Writes `playground/results/merge.json`, and prints the table.
+Asks the dynamic model, its merges by every method, a merge for each task (asked that task's questions), and the plain
+LoRA of rank E that the main job has trained beside it. Merges are calibrated on training questions. Writes
+`playground/results/merge.json`, and prints the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from llava_mixlora.merging.merge import static_updates, write_merged
 from llava_mixlora.merging.static_adapter import SavedAdapter
 from playground import PLAYGROUND
 from playground.atomic import write_json
-from playground.embedded_default import CHECKPOINTS, FINETUNING, HELDOUT, IMAGES, TRAIN
+from playground.data.main_job import HELDOUT, TRAIN
+from playground.embedded_default import IMAGES, QUESTIONS, lora_beside
 from playground.notes import Notes
 
 METHODS = ("mean", "lstsq", "regression")
@@ -56,13 +57,14 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
     from playground.answers import read_questions
 
     base, data, adapter = arguments.cache / "llava-v1-tiny", arguments.cache / "data", arguments.adapter
-    questions = read_questions(data / HELDOUT, arguments.questions)
+    lora = lora_beside(adapter)
+    questions = read_questions(arguments.cache / QUESTIONS / HELDOUT, arguments.questions)
     rank = read_config(adapter).num_factors
     settings = {"questions": len(questions), "calibration_samples": arguments.samples, "task_method": TASK_METHOD}
-    notes = Notes(arguments.lora.parent / "merge_study.json", {**settings, "adapter": str(adapter.absolute())})
+    notes = Notes(adapter.parent / "merge_study.json", {**settings, "adapter": str(adapter.absolute())})
 
     def accuracy(folder: Path, asked: list[dict[str, Any]] = questions) -> dict[str, float]:
-        return _accuracy(folder, base if folder in (adapter, arguments.lora) else None, asked, data)
+        return _accuracy(folder, base if folder in (adapter, lora) else None, asked, data)
 
     notes.take("dynamic", lambda: accuracy(adapter))
     if not notes.has(*METHODS, "fidelity"):
@@ -76,14 +78,11 @@ def study(arguments: argparse.Namespace) -> dict[str, Any]:
             of_task = [question for question in questions if question["task"] == task]
             with _merged(adapter, base, TASK_METHOD, _calibration(arguments, task)) as (folders, _):
                 notes.take(f"task {task}", partial(accuracy, folders[TASK_METHOD], of_task))
-    if not arguments.without_lora:
-        _train_lora(arguments.lora, base, data, rank, arguments)
-        notes.take("lora", lambda: accuracy(arguments.lora))
+    notes.take("lora", lambda: accuracy(lora))
     found = notes.taken
     rows = {name: found[name] for name in ("dynamic", *METHODS)}
     rows["per task"] = {task: found[f"task {task}"][task] for task in tasks}
-    if "lora" in found:
-        rows[f"LoRA rank {rank}"] = found["lora"]
+    rows[f"LoRA rank {rank}"] = found["lora"]
     return {
         **settings,
         "accuracy": {name: {task: round(value, 2) for task, value in row.items()} for name, row in rows.items()},
@@ -103,8 +102,8 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _calibration(arguments: argparse.Namespace, task: str | None = None) -> SampleSource:
-    data = arguments.cache / "data"
-    return SampleSource(str(data / TRAIN), str(data / IMAGES), task, arguments.samples, "llava_v1", batch_size=32)
+    data, images = arguments.cache / QUESTIONS / TRAIN, arguments.cache / "data" / IMAGES
+    return SampleSource(str(data), str(images), task, arguments.samples, "llava_v1", batch_size=32)
 
 
 @contextmanager
@@ -151,32 +150,6 @@ def _accuracy(folder: Path, base: Path | None, questions: list[dict[str, Any]], 
     return accuracy_by_task(questions, texts)
 
 
-def _train_lora(output: Path, base: Path, data: Path, rank: int, arguments: argparse.Namespace) -> None:
-    """Train a plain LoRA as the embedded default trains its adapter; one that is there is taken, or gone on with."""
-    if (output / "adapter_model.safetensors").is_file():
-        print(f"LoRA: taken from {output}")
-        return
-    from playground.base.tiny_base import train
-
-    train(
-        {
-            "lora_enable": True,
-            "lora_r": rank,
-            "lora_alpha": 2 * rank,
-            "lora_dropout": 0.0,
-            "model_name_or_path": base.absolute(),
-            "data_path": data / TRAIN,
-            "image_folder": data / IMAGES,
-            "vision_tower": (arguments.cache / "tower").absolute(),
-            "output_dir": output,
-            "seed": 0,
-            **FINETUNING,
-            **CHECKPOINTS,
-            **({"max_steps": arguments.steps} if arguments.steps else {}),
-        }
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m playground.studies.merge_study", description=__doc__.partition("\n")[0]
@@ -187,14 +160,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache", type=Path, default=PLAYGROUND / "cache", help="data and base model (default: %(default)s)"
     )
-    parser.add_argument(
-        "--lora", type=Path, default=PLAYGROUND / "output" / "llava-v1-tiny-lora", help="plain LoRA's folder"
-    )
-    parser.add_argument("--without-lora", action="store_true", help="do not train and ask the plain LoRA")
     parser.add_argument("--results", type=Path, default=PLAYGROUND / "results" / "merge.json", help="file to write")
     parser.add_argument("--samples", type=int, default=1000, help="to calibrate on (default: %(default)s)")
     parser.add_argument("--questions", type=int, help="at most so many of each task")
-    parser.add_argument("--steps", type=int, help="of the plain LoRA's training (default: the embedded default's)")
     return parser
 
 
