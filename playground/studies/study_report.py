@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from playground.studies.comparison import HELDOUT, VALIDATION
 
@@ -62,6 +63,9 @@ def draw(contents: Contents, file: Path) -> None:
                 **colors[method],
             )
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(xlabel="trained parameters", ylabel="accuracy, %", title=f"{setting}, {steps:,} steps", ylim=(0, 101))
         axis.grid(alpha=0.3)
     _finish(figure, axes, "Held-out accuracy", file)
