@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from ..tiny import layers
-from .training import ALONE, train
+from .training import ALONE, PAPER_FORM, train
 
 OBSERVER = Path(__file__).with_name("observe_training.py")
-MIXLORA = ["--mixlora_enable=True", "--mixlora_num_factors=4"]
+MIXLORA = ["--mixlora_enable=True", "--mixlora_num_factors=4", *PAPER_FORM]
 TRAININGS = {
     "4-bit": ["--bits=4", *MIXLORA],
     "8-bit": ["--bits=8", *MIXLORA],

@@ -16,6 +16,9 @@ RUN = ["run", "-m", "llava.train.train"]
 PLUGIN = [sys.executable, "-m", "llava_mixlora"]
 ALONE = [*PLUGIN, *RUN]
 
+PAPER_FORM = ["--mixlora_pairing=rank", "--mixlora_router_scope=prompt", "--mixlora_router_input=hidden"]
+"""Where questions are all alike, routers on their words have nothing to learn."""
+
 
 def write_inputs(place, llava, clip_folder, tokenizer_folder, answers):
     """Model, tokenizer, and a picture with a question for each answer, in `place`; returns what all runs are told."""
