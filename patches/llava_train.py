@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import sys
@@ -21,6 +20,7 @@ from llava_mixlora.inputs import read_conversations
 from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.training.checkpoint import check_same_adapter
+from llava_mixlora.training.given_flags import given_flags
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
 from llava_mixlora.training.task_labels import LABEL, TaskLabels, task_names
@@ -156,11 +156,9 @@ class MixLoraArguments:
                 "--remove_unused_columns True removes each sample's task, and its image, before the batch is made; "
                 "leave it out, or --mixlora_task_loss_weight"
             )
-        if (running := _running_train.get()) is not None:
-            parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            parser.add_argument("--data_path")
-            if data := parser.parse_known_args(sys.argv[1:])[0].data_path:
-                running.tasks = task_names(read_conversations(data), data)
+        running, data = _running_train.get(), given_flags(sys.argv[1:]).get("data_path")
+        if running is not None and data:
+            running.tasks = task_names(read_conversations(data), data)
 
 
 @dataclass

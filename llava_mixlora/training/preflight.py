@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.cpp_extension import get_default_build_root
-from transformers.hf_argparser import string_to_bool
 
 from ..errors import MixLoraError
 from ..inputs import check_images, check_model_path, check_writable, read_conversations, read_json
 from ..shipped import shipped
+from .given_flags import given_flags, is_true
 
 
 def check_training_inputs(argv: Sequence[str]) -> None:
@@ -24,55 +23,48 @@ def check_training_inputs(argv: Sequence[str]) -> None:
         MixLoraError: a file or folder is missing, the data is not LLaVA's JSON or too little for the processes, the
             output cannot be written, or the weights cannot be quantized as asked.
     """
-    check_quantization(argv)
-    note_compiler_locks(argv)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--mixlora_enable", nargs="?", const=True, default=False, type=string_to_bool)
-    for flag in ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "output_dir"):
-        parser.add_argument(f"--{flag}")
-    parser.add_argument("--image_folder", default="")
-    flags, _ = parser.parse_known_args(argv)
-    if not flags.mixlora_enable:
+    flags = given_flags(argv)
+    check_quantization(flags)
+    note_compiler_locks(flags)
+    if not is_true(flags, "mixlora_enable"):
         return
     for flag in ("model_name_or_path", "vision_tower"):
-        check_model_path(f"--{flag}", getattr(flags, flag))
-    check_architecture(flags.model_name_or_path)
-    if flags.pretrain_mm_mlp_adapter and not Path(flags.pretrain_mm_mlp_adapter).is_file():
+        check_model_path(f"--{flag}", flags.get(flag))
+    check_architecture(flags.get("model_name_or_path"))
+    projector = flags.get("pretrain_mm_mlp_adapter")
+    if projector and not Path(projector).is_file():
         raise MixLoraError(
-            f"--pretrain_mm_mlp_adapter {flags.pretrain_mm_mlp_adapter}: no such file; expected the projector's .bin "
+            f"--pretrain_mm_mlp_adapter {projector}: no such file; expected the projector's .bin "
             "(for LLaVA 1.5: liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5)"
         )
-    if not flags.data_path:
+    if not (data := flags.get("data_path")):
         raise MixLoraError("--data_path is missing; expected a JSON file of conversations (LLaVA's docs: 'Data')")
-    samples = read_conversations(flags.data_path)
-    check_processes(len(samples), flags.data_path)
-    check_images(samples, flags.data_path, flags.image_folder)
-    if not flags.output_dir:
+    samples = read_conversations(data)
+    check_processes(len(samples), data)
+    check_images(samples, data, flags.get("image_folder", ""))
+    if not (output := flags.get("output_dir")):
         raise MixLoraError("--output_dir is missing; expected the folder that the adapter and its checkpoints go to")
-    check_writable(flags.output_dir)
+    check_writable(output)
 
 
-def check_quantization(argv: Sequence[str]) -> None:
+def check_quantization(flags: Mapping[str, str]) -> None:
     """Refuse `--bits` that upstream would silently ignore, or that would fail once the model is being loaded.
 
     Raises:
         MixLoraError: `--bits` is not 4, 8 or 16, bitsandbytes is not installed, or DeepSpeed is asked for ZeRO-3.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--bits", default="16")
-    parser.add_argument("--deepspeed")
-    flags, _ = parser.parse_known_args(argv)
-    if flags.bits not in ("4", "8", "16"):
-        raise MixLoraError(f"--bits {flags.bits}: expected 4 or 8 (a quantized base model), or 16")
-    if flags.bits == "16":
+    bits, deepspeed = flags.get("bits", "16"), flags.get("deepspeed")
+    if bits not in ("4", "8", "16"):
+        raise MixLoraError(f"--bits {bits}: expected 4 or 8 (a quantized base model), or 16")
+    if bits == "16":
         return
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MixLoraError(
-            f"--bits {flags.bits} needs bitsandbytes, which is not installed: pip install 'llava-mixlora[qlora]'"
+            f"--bits {bits} needs bitsandbytes, which is not installed: pip install 'llava-mixlora[qlora]'"
         )
-    if flags.deepspeed and _zero_stage(flags.deepspeed) == 3:
+    if deepspeed and _zero_stage(deepspeed) == 3:
         raise MixLoraError(
-            f"--bits {flags.bits} with --deepspeed {flags.deepspeed}: ZeRO-3 cannot partition quantized weights; "
+            f"--bits {bits} with --deepspeed {deepspeed}: ZeRO-3 cannot partition quantized weights; "
             f"expected a configuration of ZeRO stage 2, such as {shipped('zero2.json')}, or --bits 16"
         )
 
@@ -86,12 +78,12 @@ def _zero_stage(deepspeed_config: str) -> Any:
     return zero.get("stage") if isinstance(zero, dict) else None
 
 
-def note_compiler_locks(argv: Sequence[str]) -> None:
+def note_compiler_locks(flags: Mapping[str, str]) -> None:
     """Name the locks that PyTorch's compiler of extensions, which DeepSpeed uses, waits for without a word.
 
     A process that is killed while it compiles leaves its lock behind, and every later run waits for ever.
     """
-    if not any(word.partition("=")[0] == "--deepspeed" for word in argv):
+    if "deepspeed" not in flags:
         return
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.glob("**/lock")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..adapters.llava_card import llava_record
 from ..inputs import read_conversations
 from ..method.model_card import TrainingRecord
 from .checkpoint import sha256_of
+from .given_flags import given_flags
 
 HYPERPARAMETERS = (
     *("learning_rate", "mixlora_router_lr", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay"),
@@ -30,9 +30,7 @@ def training_record(argv: Sequence[str], flags: Any) -> TrainingRecord:
     told = {name: getattr(flags, name) for name in HYPERPARAMETERS if getattr(flags, name, None) not in (None, "", -1)}
     record = llava_record()
     record.hyperparameters = {name: _plain(value) for name, value in told.items()}
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--data_path")
-    data = parser.parse_known_args(argv)[0].data_path
+    data = given_flags(argv).get("data_path")
     if data and os.environ.get("RANK", "0") == "0":
         record.data, record.samples = Path(data).name, len(read_conversations(data))
         record.sha256 = sha256_of(Path(data))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_mixlora.training.given_flags import given_flags
 from llava_mixlora.training.preflight import check_quantization, check_training_inputs, note_compiler_locks
 
 from ...tiny import message_of
@@ -117,17 +118,17 @@ def test_other_bits_than_4_8_and_16_are_named_for_every_adapter(run, bits, enabl
 
 @pytest.mark.parametrize("bits", ["4", "8", "16"])
 def test_bits_that_upstream_knows_pass(bits):
-    check_quantization(["--bits", bits])
-    check_quantization([f"--bits={bits}"])
-    check_quantization([])
+    check_quantization(given_flags(["--bits", bits]))
+    check_quantization(given_flags([f"--bits={bits}"]))
+    check_quantization(given_flags([]))
 
 
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_missing_bitsandbytes_is_named_with_how_to_install_it(monkeypatch, bits):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
-    message = message_of(check_quantization, ["--bits", bits])
+    message = message_of(check_quantization, {"bits": bits})
     assert f"--bits {bits}" in message and "pip install 'llava-mixlora[qlora]'" in message
-    check_quantization(["--bits", "16"])
+    check_quantization(given_flags(["--bits", "16"]))
 
 
 @pytest.fixture
@@ -144,37 +145,37 @@ def deepspeed(tmp_path):
 @pytest.mark.parametrize("bits", ["4", "8"])
 def test_zero_3_with_quantized_weights_is_named(deepspeed, bits):
     config = deepspeed({"zero_optimization": {"stage": 3}})
-    message = message_of(check_quantization, ["--bits", bits, "--deepspeed", config])
+    message = message_of(check_quantization, {"bits": bits, "deepspeed": config})
     assert f"--bits {bits}" in message and config in message and "ZeRO-3" in message and "zero2.json" in message
 
 
 @pytest.mark.parametrize("content", [{"zero_optimization": {"stage": 2}}, {"zero_optimization": True}, {}])
 def test_other_zero_stages_pass_with_quantized_weights(deepspeed, content):
-    check_quantization(["--bits=4", f"--deepspeed={deepspeed(content)}"])
-    check_quantization(["--bits=4", f"--deepspeed={SCRIPTS / 'zero2.json'}"])
+    check_quantization(given_flags(["--bits=4", f"--deepspeed={deepspeed(content)}"]))
+    check_quantization(given_flags(["--bits=4", f"--deepspeed={SCRIPTS / 'zero2.json'}"]))
 
 
 def test_zero_3_passes_with_16_bit_weights(deepspeed):
-    check_quantization(["--deepspeed", deepspeed({"zero_optimization": {"stage": 3}})])
+    check_quantization(given_flags(["--deepspeed", deepspeed({"zero_optimization": {"stage": 3}})]))
 
 
 @pytest.mark.parametrize("content, named", [("{", "not valid JSON"), ("[]", "got list")])
 def test_damaged_deepspeed_configuration_is_named(deepspeed, content, named):
-    assert named in message_of(check_quantization, ["--bits=4", "--deepspeed", deepspeed(content)])
+    assert named in message_of(check_quantization, {"bits": "4", "deepspeed": deepspeed(content)})
 
 
 def test_missing_deepspeed_configuration_is_named():
-    message = message_of(check_quantization, ["--bits=4", "--deepspeed", "no/zero.json"])
+    message = message_of(check_quantization, {"bits": "4", "deepspeed": "no/zero.json"})
     assert "--deepspeed no/zero.json: no such file" in message
 
 
 @pytest.mark.parametrize("flags", [["--deepspeed", "zero2.json"], ["--deepspeed=zero2.json"], []])
 def test_lock_that_deepspeed_would_wait_for_is_named(tmp_path, monkeypatch, capsys, flags):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    note_compiler_locks(flags)
+    note_compiler_locks(given_flags(flags))
     assert capsys.readouterr().out == ""
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
-    note_compiler_locks(flags)
+    note_compiler_locks(given_flags(flags))
     assert (str(lock) in capsys.readouterr().out) == bool(flags)
