@@ -16,6 +16,7 @@ from .errors import MixLoraError
 
 COMMANDS = {
     "run": ("launch:add_run", "run a LLaVA entry point with the plugin active"),
+    "check": ("diagnosis.check:add_check", "read training data as a run does: what is lost, repaired, cut off"),
     "convert": ("adapters.convert:add_convert", "turn a checkpoint of the authors' code into an adapter"),
     "inspect": (
         "adapters.inspect_adapter:add_inspect",

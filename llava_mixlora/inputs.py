@@ -1,4 +1,4 @@
-"""What users give to several commands, read and checked: JSON files, conversations, images, models and folders."""
+"""What users give to several commands, read and checked: JSON files, models and folders."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from .errors import MixLoraError
 
@@ -31,53 +28,6 @@ def read_json(file: Path) -> dict:
     if not isinstance(content, dict):
         raise MixLoraError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}; copy it again")
     return content
-
-
-def read_conversations(path: str | Path) -> list[dict[str, Any]]:
-    """Read LLaVA's training data: a JSON list of `{"id", "image"?, "conversations": [{"from", "value"}, ...]}`.
-
-    Raises:
-        MixLoraError: the file is missing, not JSON, or an entry has another form.
-    """
-    try:
-        samples = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MixLoraError(f"{path}: no such file; expected a JSON list of conversations") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MixLoraError(f"{path}: not valid JSON ({error}); is the download complete?") from error
-    except OSError as error:
-        raise MixLoraError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from error
-    if not isinstance(samples, list) or not samples:
-        raise MixLoraError(f"{path}: expected a JSON list with at least one conversation, got {_kind(samples)}")
-    for position, sample in enumerate(samples):
-        turns = sample.get("conversations") if isinstance(sample, dict) else None
-        well_formed = isinstance(turns, list) and all(
-            isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-            for turn in turns
-        )
-        if not well_formed or len(turns) < 2:
-            raise MixLoraError(
-                f"{path}: entry {position} has no usable 'conversations'; expected a list of at least two "
-                '{"from": "human" or "gpt", "value": text}'
-            )
-    return samples
-
-
-def check_images(samples: list[dict[str, Any]], data_path: str | Path, image_folder: str | Path) -> None:
-    """Refuse data that names an image which is not in `image_folder`.
-
-    Raises:
-        MixLoraError: the first missing image, and how many are missing.
-    """
-    names = {sample["image"]: position for position, sample in reversed(list(enumerate(samples))) if "image" in sample}
-    progress = tqdm(names.items(), desc="Looking for the images", unit="file", disable=len(names) < 50_000)
-    missing = [(position, name) for name, position in progress if not os.path.exists(os.path.join(image_folder, name))]
-    if missing:
-        position, name = min(missing)
-        raise MixLoraError(
-            f"{os.path.join(image_folder, name)}: no such image, but entry {position} of {data_path} names it "
-            f"({len(missing)} of {len(names)} images are missing); check --image_folder"
-        )
 
 
 def check_model_path(flag: str, value: str | None) -> None:
@@ -110,7 +60,3 @@ def positive(word: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{word}: expected a whole number of at least 1")
     return number
-
-
-def _kind(value: Any) -> str:
-    return "an empty list" if value == [] else type(value).__name__

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
@@ -15,14 +16,15 @@ from transformers import PretrainedConfig, set_seed
 
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 from llava_mixlora.attention import available_attention
+from llava_mixlora.data.check import DataCheck
+from llava_mixlora.data.images import open_image
 from llava_mixlora.errors import MixLoraError
-from llava_mixlora.inputs import read_conversations
 from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.training.checkpoint import check_same_adapter
-from llava_mixlora.training.given_flags import given_flags
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
+from llava_mixlora.training.run_data import agree
 from llava_mixlora.training.task_labels import LABEL, TaskLabels, task_names
 
 from .patch import COMPATIBILITY, FAULT, METHOD, Patch
@@ -88,6 +90,20 @@ class MixLoraArguments:
     )
     mixlora_router_lr: Optional[float] = field(
         default=None, metadata={"help": "Learning rate of the routers. Default: --learning_rate."}
+    )
+    check_images: str = field(
+        default="headers",
+        metadata={
+            "help": "How far images are checked before the run: headers (and the ends of files), full (every pixel) or "
+            "none."
+        },
+    )
+    max_lost_share: float = field(
+        default=0.01,
+        metadata={
+            "help": "Largest share of entries of --data_path that may teach nothing (unusable, or cut off before the "
+            "answer); they are left out. 0 refuses any."
+        },
     )
     mixlora_preset: Optional[str] = field(
         default=None,
@@ -156,15 +172,16 @@ class MixLoraArguments:
                 "--remove_unused_columns True removes each sample's task, and its image, before the batch is made; "
                 "leave it out, or --mixlora_task_loss_weight"
             )
-        running, data = _running_train.get(), given_flags(sys.argv[1:]).get("data_path")
-        if running is not None and data:
-            running.tasks = task_names(read_conversations(data), data)
+        running = _running_train.get()
+        if running is not None and running.data is not None:
+            running.tasks = task_names(running.data.samples, running.data.path)
 
 
 @dataclass
 class RunningTrain:
-    """One call of train(), the flags that it has parsed so far, and the tasks of its data where they count."""
+    """One call of train(): its data once checked, the flags that it has parsed so far, the tasks where they count."""
 
+    data: DataCheck | None = None
     arguments: MixLoraArguments | None = None
     tasks: list[str] | None = None
 
@@ -226,14 +243,19 @@ def _with_flags(flags: type) -> Callable[[type], type]:
 def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def train(attn_implementation: str | None = None) -> None:
-        check_training_inputs(sys.argv[1:])
-        token = _running_train.set(RunningTrain())
+        token = _running_train.set(RunningTrain(check_training_inputs(sys.argv[1:])))
         try:
             original(attn_implementation=available_attention(attn_implementation))
+        except MixLoraError as error:
+            # What a worker of a DataLoader raises comes with its traceback in the message; ours are the last line.
+            raise MixLoraError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_OF_A_WORKER)) from error
         finally:
             _running_train.reset(token)
 
     return train
+
+
+_ERROR_OF_A_WORKER = f"{MixLoraError.__module__}.{MixLoraError.__qualname__}: "
 
 
 def _class_of_the_model(original: type) -> type:
@@ -261,7 +283,7 @@ def _adapter_by_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         if flags is None or not flags.mixlora_enable:
             return original(model, peft_config, *args, **kwargs)
         peft_config = flags.mixlora_config(sorted(peft_config.target_modules))
-        peft_config.training_record = training_record(sys.argv[1:], flags)
+        peft_config.training_record = training_record(_running_train.get().data, flags)
         adapted = original(model, peft_config, *args, **kwargs)
         if flags.bits in (4, 8) and flags.bf16:
             _store_adapter_in_bfloat16(adapted)
@@ -276,6 +298,37 @@ def _store_adapter_in_bfloat16(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if MixLoraModel.prefix in name:
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _take_checked_data(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, data_path: str, tokenizer: Any, data_args: Any) -> None:
+        running = _running_train.get()
+        data = None if running is None else running.data
+        if data is None or data.path != data_path:
+            return original(self, data_path, tokenizer, data_args)
+        agree(data)
+        self.tokenizer, self.list_data_dict, self.data_args = tokenizer, data.samples, data_args
+        self.entry_numbers = data.numbers
+
+    return __init__
+
+
+def _open_as_viewers_do(original: Any) -> Any:
+    return SimpleNamespace(**{**vars(original), "open": open_image})
+
+
+def _name_the_entry(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def __getitem__(self: Any, i: int) -> Any:
+        try:
+            return original(self, i)
+        except Exception as error:
+            number = getattr(self, "entry_numbers", range(len(self)))[i]
+            what = str(error) if isinstance(error, MixLoraError) else f"{type(error).__name__}: {error}"
+            raise MixLoraError(f"{self.data_args.data_path}: entry {number}: {' '.join(what.split())}") from error
+
+    return __getitem__
 
 
 def _keep_task(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -342,6 +395,26 @@ PATCHES = (
         why="train() asks it for a LoRA adapter, from LoRA's flags; with --mixlora_enable it makes a MixLoRA adapter",
         replace=_adapter_by_flags,
         parameters=("model", "peft_config"),
+    ),
+    Patch(
+        "llava.train.train:LazySupervisedDataset.__init__",
+        kind=FAULT,
+        why="it takes whatever the file holds; a run of adapters trains on what was read and checked before",
+        replace=_take_checked_data,
+        parameters=("data_path", "tokenizer", "data_args"),
+    ),
+    Patch(
+        "llava.train.train:Image",
+        kind=FAULT,
+        why="images should be seen as viewers show them: turned by their EXIF orientation, 16 bits scaled, not clipped",
+        replace=_open_as_viewers_do,
+    ),
+    Patch(
+        "llava.train.train:LazySupervisedDataset.__getitem__",
+        kind=FAULT,
+        why="a sample that cannot be read should name its file and entry",
+        replace=_name_the_entry,
+        parameters=("i",),
     ),
     Patch(
         "llava.train.train:LazySupervisedDataset.__getitem__",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from llava_mixlora.training.routing_callback import add_routing_callback
+from peft import PeftModel
 
-from .patch import COMPATIBILITY, METHOD, Patch
+from llava_mixlora.training.routing_callback import add_routing_callback
+from llava_mixlora.training.step_watch import StepWatch
+from llava_mixlora.training.trainable_set import check_trainable
+
+from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
 ROUTER_PARAMETERS = ("mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
 
@@ -30,6 +35,41 @@ def _log_routing(original: Callable[..., None]) -> Callable[..., None]:
         add_routing_callback(self)
 
     return __init__
+
+
+def _check_what_is_trained(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            check_trainable(self.model)
+
+    return __init__
+
+
+def _watch_steps(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def training_step(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self.model, PeftModel):
+            return original(self, model, inputs, *args, **kwargs)
+        if not hasattr(self, "_step_watch"):
+            self._step_watch = _step_watch(self)
+        step = self.state.global_step + 1
+        teaches = self._step_watch.teaches(inputs, step)
+        loss = original(self, model, inputs, *args, **kwargs)
+        if teaches:
+            self._step_watch.check_loss(loss, step)
+        return loss
+
+    return training_step
+
+
+def _step_watch(trainer: Any) -> StepWatch:
+    config = trainer.model.get_base_model().config
+    tower = trainer.model.get_base_model().get_vision_tower()
+    image_tokens = 1 if tower is None else tower.num_patches + (tower.select_feature == "cls_patch")
+    limit = getattr(config, "tokenizer_model_max_length", None) or sys.maxsize
+    return StepWatch(image_tokens, limit, trainer.args.fp16)
 
 
 def _accept_dataset(original: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -95,6 +135,19 @@ PATCHES = (
         kind=METHOD,
         why="a MixLoRA run logs how its routers use the factors, counted over all processes, through a callback",
         replace=_log_routing,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer.__init__",
+        kind=FAULT,
+        why="a run that trains nothing of its adapter, or the base beside it, should end before it begins",
+        replace=_check_what_is_trained,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer.training_step",
+        kind=FAULT,
+        why="steps that teach nothing, or whose loss is no number, are taken without a word",
+        replace=_watch_steps,
+        parameters=("model", "inputs"),
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._get_train_sampler",

@@ -117,7 +117,8 @@ def tokenizer_folder(tmp_path_factory):
             pad_id=-1,
             minloglevel=2,
         )
-    config = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    config = {"tokenizer_class": "LlamaTokenizer", **tokens}
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "legacy": True, "model_max_length": 256}))
     return folder
 

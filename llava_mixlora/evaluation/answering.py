@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..data.images import open_image
 from ..errors import MixLoraError
 from ..inference.loading import Loaded
 from .questions import Question
@@ -43,7 +44,7 @@ def answer(
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     for batch in tqdm(batches, desc="Answering", unit="batch", disable=not progress):
         input_ids, attention_mask = _left_padded([_prompt_ids(q.prompt, conversation, loaded) for q in batch], padding)
-        pictures = [_open(question) for question in batch]
+        pictures = [open_image(question.image) for question in batch]
         with torch.inference_mode():
             output = model.generate(
                 input_ids.to(model.device),
@@ -78,13 +79,6 @@ def _prompt_ids(question: str, conversation: str, loaded: Loaded) -> Tensor:
     turns.append_message(turns.roles[0], f"{image}\n{question}")
     turns.append_message(turns.roles[1], None)
     return tokenizer_image_token(turns.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
-
-
-def _open(question: Question) -> Image.Image:
-    try:
-        return Image.open(question.image).convert("RGB")
-    except (OSError, SyntaxError) as error:  # the latter is what PIL raises for some damaged PNG files
-        raise MixLoraError(f"{question.image}: not a readable image ({error}); copy it again") from error
 
 
 def _pixels(pictures: list[Image.Image], image_processor: Any, model: Any) -> Any:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.conversations import read_conversations
 from ..errors import MixLoraError
-from ..inputs import read_conversations
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
 MME_PERCEPTION = (

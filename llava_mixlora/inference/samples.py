@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..data.conversations import read_conversations
+from ..data.images import check_images
 from ..errors import MixLoraError
-from ..inputs import check_images, read_conversations
 from .loading import Loaded
 
 Batch = dict[str, Any]

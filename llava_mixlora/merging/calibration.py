@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.conversations import read_conversations
 from ..errors import MixLoraError
 from ..inference.grouping import groups_within
 from ..inference.samples import Batch, SampleSource, check_shows_images
-from ..inputs import read_conversations
 from ..method.layer import MixLoraLayer, Observer
 from ..method.model import ADAPTER, adapted_layers
 from ..method.model_inputs import IGNORE_INDEX

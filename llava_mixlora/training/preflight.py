@@ -10,41 +10,43 @@ from typing import Any
 
 from torch.utils.cpp_extension import get_default_build_root
 
+from ..data.check import DataCheck
 from ..errors import MixLoraError
-from ..inputs import check_images, check_model_path, check_writable, read_conversations, read_json
+from ..inputs import check_model_path, check_writable, read_json
 from ..shipped import shipped
-from .given_flags import given_flags, is_true
+from .given_flags import given_flags, is_true, trains_adapter
+from .run_data import check_run_data
 
 
-def check_training_inputs(argv: Sequence[str]) -> None:
-    """Check the flags of `llava.train.train`: `--bits` always, named files when `--mixlora_enable` is among the flags.
+def check_training_inputs(argv: Sequence[str]) -> DataCheck | None:
+    """Check the flags of `llava.train.train`, and the data of a run that trains an adapter; returns what was read.
 
     Raises:
-        MixLoraError: a file or folder is missing, the data is not LLaVA's JSON or too little for the processes, the
-            output cannot be written, or the weights cannot be quantized as asked.
+        MixLoraError: a file or folder is missing, the data cannot be trained on or is too little for the processes,
+            the output cannot be written, or the weights cannot be quantized as asked.
     """
     flags = given_flags(argv)
     check_quantization(flags)
     note_compiler_locks(flags)
-    if not is_true(flags, "mixlora_enable"):
-        return
+    if not trains_adapter(flags):
+        return None
     for flag in ("model_name_or_path", "vision_tower"):
         check_model_path(f"--{flag}", flags.get(flag))
-    check_architecture(flags.get("model_name_or_path"))
+    if is_true(flags, "mixlora_enable"):
+        check_architecture(flags.get("model_name_or_path"))
     projector = flags.get("pretrain_mm_mlp_adapter")
     if projector and not Path(projector).is_file():
         raise MixLoraError(
             f"--pretrain_mm_mlp_adapter {projector}: no such file; expected the projector's .bin "
             "(for LLaVA 1.5: liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5)"
         )
-    if not (data := flags.get("data_path")):
+    if not flags.get("data_path"):
         raise MixLoraError("--data_path is missing; expected a JSON file of conversations (LLaVA's docs: 'Data')")
-    samples = read_conversations(data)
-    check_processes(len(samples), data)
-    check_images(samples, data, flags.get("image_folder", ""))
     if not (output := flags.get("output_dir")):
         raise MixLoraError("--output_dir is missing; expected the folder that the adapter and its checkpoints go to")
+    data = check_run_data(flags)
     check_writable(output)
+    return data
 
 
 def check_quantization(flags: Mapping[str, str]) -> None:
@@ -109,18 +111,4 @@ def check_architecture(model: str | None) -> None:
         raise MixLoraError(
             f"--model_name_or_path {model}: LLaVA takes a model with 'mpt' in its path for an MPT model, which "
             "--mixlora_enable does not support; expected a Llama, Vicuna or Mistral, under a path without these letters"
-        )
-
-
-def check_processes(conversations: int, data_path: str | Path) -> None:
-    """Refuse fewer conversations than processes, of which a launcher tells the number in `WORLD_SIZE`.
-
-    Raises:
-        MixLoraError: with both numbers.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if conversations < processes:
-        raise MixLoraError(
-            f"{data_path}: expected at least one conversation for each of {processes} processes, got {conversations}; "
-            "add data, or start fewer (GPUS=1, deepspeed --num_gpus 1, torchrun --nproc_per_node 1)"
         )

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..adapters.llava_card import llava_record
-from ..inputs import read_conversations
+from ..data.check import DataCheck
 from ..method.model_card import TrainingRecord
 from .checkpoint import sha256_of
-from .given_flags import given_flags
 
 HYPERPARAMETERS = (
     *("learning_rate", "mixlora_router_lr", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay"),
@@ -20,20 +18,19 @@ HYPERPARAMETERS = (
 )
 
 
-def training_record(argv: Sequence[str], flags: Any) -> TrainingRecord:
-    """Data and hyperparameters of the run; of the data only in the process that writes the card, which reads them.
+def training_record(data: DataCheck | None, flags: Any) -> TrainingRecord:
+    """Data and hyperparameters of the run; of the data only in the process that writes the card.
 
     Args:
-        argv: the words of the run's command line.
+        data: what the check of the data has found.
         flags: upstream's `TrainingArguments`, as parsed.
     """
     told = {name: getattr(flags, name) for name in HYPERPARAMETERS if getattr(flags, name, None) not in (None, "", -1)}
     record = llava_record()
     record.hyperparameters = {name: _plain(value) for name, value in told.items()}
-    data = given_flags(argv).get("data_path")
-    if data and os.environ.get("RANK", "0") == "0":
-        record.data, record.samples = Path(data).name, len(read_conversations(data))
-        record.sha256 = sha256_of(Path(data))
+    if data is not None and os.environ.get("RANK", "0") == "0":
+        record.data, record.samples = Path(data.path).name, data.usable
+        record.sha256 = sha256_of(Path(data.path))
     return record
 
 

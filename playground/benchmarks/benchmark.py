@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_mixlora import MixLoraError
+from llava_mixlora.data.conversations import read_conversations
 from llava_mixlora.inference.loading import load_for_inference
 from llava_mixlora.inference.samples import training_data
-from llava_mixlora.inputs import read_conversations
 from playground import PLAYGROUND
 from playground.atomic import write_json
 from playground.benchmarks import benchmark_gpu

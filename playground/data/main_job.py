@@ -12,7 +12,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from llava_mixlora.inputs import read_conversations
+from llava_mixlora.data.conversations import read_conversations
 from playground.atomic import atomic_directory, write_json
 from playground.data.code_books import WORDINGS, code_books, digit_pictures, questions
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_mixlora.inputs import read_conversations
+from llava_mixlora.data.conversations import read_conversations
 from playground.data.main_job import HELDOUT as HELDOUT_FILE
 from playground.data.main_job import TRAIN as TRAIN_FILE
 from playground.data.main_job import first_of_each_task

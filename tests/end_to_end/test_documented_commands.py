@@ -127,7 +127,7 @@ def test_python_in_the_readme_runs(place, file):
 
 
 def test_json_in_the_readme_is_data_that_is_read(tmp_path):
-    from llava_mixlora.inputs import read_conversations
+    from llava_mixlora.data.conversations import read_conversations
 
     (example,) = blocks(ROOT / "README.md", "json")
     (tmp_path / "data.json").write_text(example)

@@ -15,6 +15,7 @@ ORDER = (
     GROUND,
     "method",
     "adapters",
+    "data",
     "training",
     "patches",
     "inference",

@@ -1,0 +1,4 @@
+"""Training data as people have it: read entry by entry, its images looked at, its tokens counted, its losses told.
+
+Imports the room `adapters`; what it imports of LLaVA is its conversation templates and its preparation of samples.
+"""
