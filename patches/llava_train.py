@@ -231,7 +231,9 @@ class RenamedArguments:
         super().__post_init__()
 
 
-def _with_flags(flags: type) -> Callable[[type], type]:
+def with_flags(flags: type) -> Callable[[type], type]:
+    """What makes a class of training arguments one that has the fields of `flags` too."""
+
     def extend(original: type) -> type:
         # The class keeps its name and module, by which Trainer pickles it into training_args.bin.
         identity = {"__module__": original.__module__, "__qualname__": original.__qualname__}
@@ -359,21 +361,21 @@ PATCHES = (
         "llava.train.train:TrainingArguments",
         kind=METHOD,
         why="train() parses its flags into this class, and MixLoRA has flags of its own",
-        replace=_with_flags(MixLoraArguments),
+        replace=with_flags(MixLoraArguments),
         parameters=("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "bits"),
     ),
     Patch(
         "llava.train.train:TrainingArguments",
         kind=COMPATIBILITY,
         why="upstream's scripts pass --evaluation_strategy, which transformers has renamed",
-        replace=_with_flags(EvaluationStrategy),
+        replace=with_flags(EvaluationStrategy),
         requires={"transformers": ">=4.51"},
     ),
     Patch(
         "llava.train.train:TrainingArguments",
         kind=COMPATIBILITY,
         why="upstream's scripts pass flags that transformers 5 has renamed",
-        replace=_with_flags(RenamedArguments),
+        replace=with_flags(RenamedArguments),
         requires={"transformers": ">=5"},
     ),
     Patch(

@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.training import checkpoint
+from llava_mixlora.training.best_checkpoint import EarlyStopping
 from llava_mixlora.training.termination import SaveOnTermination
 
 from .patch import FAULT, Patch
@@ -107,15 +108,25 @@ def _save_aside_then_rename(original: Callable[..., None]) -> Callable[..., None
         with checkpoint.saving(Path(output_dir) / name):
             with _output_dir(self, checkpoint.unfinished(output_dir)):
                 original(self, model, trial, *args, **kwargs)
+            _name_best_by_its_place(self, output_dir, name)
             # The first of all, then those of other machines, unless they share its disk.
             for turn in (self.is_world_process_zero(), self.is_local_process_zero()):
                 self.accelerator.wait_for_everyone()
                 if turn and (checkpoint.unfinished(output_dir) / name).is_dir():
                     checkpoint.publish(output_dir, name)
         if self.args.should_save:
-            checkpoint.remove_oldest(output_dir, self.args.save_total_limit)
+            checkpoint.remove_oldest(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     return _save_checkpoint
+
+
+def _name_best_by_its_place(trainer: Any, output_dir: str, name: str) -> None:
+    """Where the checkpoint that was just written is the best, say where it is about to be, not where it was written."""
+    best, written = trainer.state.best_model_checkpoint, checkpoint.unfinished(output_dir) / name
+    if best is not None and Path(best) == written:
+        trainer.state.best_model_checkpoint = str(Path(output_dir) / name)
+        if trainer.args.should_save:
+            trainer.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
 
 @contextmanager
@@ -149,13 +160,20 @@ def _make_no_step_after_the_last(original: Callable[..., Any]) -> Callable[..., 
         state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
         same_length = state.num_train_epochs == self.args.num_train_epochs
         last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps if same_length else math.inf
-        if state.global_step < last:
+        if state.global_step < last and not _has_stopped_early(self, state):
             return original(self, resume_from_checkpoint, *args, **kwargs)
         self._load_from_checkpoint(resume_from_checkpoint)
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
         return TrainOutput(state.global_step, 0.0, {})
 
     return train
+
+
+def _has_stopped_early(trainer: Any, state: TrainerState) -> bool:
+    callbacks = trainer.callback_handler.callbacks
+    return any(each.has_run_out(trainer.args, state) for each in callbacks if isinstance(each, EarlyStopping))
 
 
 def _newest_whole(trainer: Any) -> str:
@@ -179,21 +197,40 @@ def _load_projector_too(original: Callable[..., None]) -> Callable[..., None]:
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         original(self, resume_from_checkpoint, model)
         if isinstance(self.model, PeftModel):
-            beside = read_non_lora_trainables(resume_from_checkpoint)
-            unknown = self.model.get_base_model().load_state_dict(beside, strict=False).unexpected_keys
-            if unknown:
-                raise MixLoraError(
-                    f"{Path(resume_from_checkpoint) / NON_LORA_TRAINABLES} holds {unknown[0]!r}, which this model does "
-                    "not have; go on with the flags of the run that wrote it, or choose another --output_dir"
-                )
+            _load_projector(self.model, resume_from_checkpoint)
 
     return _load_from_checkpoint
+
+
+def _load_projector_of_best_too(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def _load_best_model(self: Any) -> None:
+        original(self)
+        if not isinstance(self.model, PeftModel):
+            return
+        best = Path(self.state.best_model_checkpoint)
+        if not self.is_deepspeed_enabled:  # which has loaded all that was trained
+            _load_projector(self.model, best)
+        if self.is_world_process_zero():
+            told = f"{self.args.metric_for_best_model} {self.state.best_metric:.4g}"
+            print(f"the best checkpoint, {best.name} ({told}), becomes the output of this run", flush=True)
+
+    return _load_best_model
+
+
+def _load_projector(model: PeftModel, folder: str | Path) -> None:
+    unknown = model.get_base_model().load_state_dict(read_non_lora_trainables(folder), strict=False).unexpected_keys
+    if unknown:
+        raise MixLoraError(
+            f"{Path(folder) / NON_LORA_TRAINABLES} holds {unknown[0]!r}, which this model does not have; go on with "
+            "the flags of the run that wrote it, or choose another --output_dir"
+        )
 
 
 def _stop_where_it_stopped(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _run_epoch(self: Any, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         original(self, *args, **kwargs)
@@ -245,6 +282,12 @@ PATCHES = (
         kind=FAULT,
         why="Trainer loads the adapter alone, so a run that goes on would forget the projector",
         replace=_load_projector_too,
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer._load_best_model",
+        kind=FAULT,
+        why="Trainer loads the adapter alone, so the best adapter would be saved with the last projector",
+        replace=_load_projector_of_best_too,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._run_epoch",

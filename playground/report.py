@@ -130,15 +130,26 @@ def draw_contact_sheet(path: Path, questions: list[dict[str, Any]], texts: list[
 
 
 def draw_loss_curve(path: Path, mixlora: Path, lora: Path) -> None:
-    """The training losses by step, from the `trainer_state.json` files that upstream's train() leaves."""
+    """The losses by step, from the `trainer_state.json` files that upstream's train() leaves.
+
+    Of a run with held-out data (`--eval_data_path`), the loss on that too, dashed in the same color.
+    """
     figure, axis = plt.subplots(figsize=(7, 4))
     for name, trainer_state in (("MixLoRA", mixlora), ("LoRA", lora)):
         history = json.loads(trainer_state.read_text(encoding="utf-8"))["log_history"]
-        axis.plot(*zip(*((entry["step"], float(entry["loss"])) for entry in history if "loss" in entry)), label=name)
-    axis.set(xlabel="step", ylabel="training loss", title="Fine-tuning of the tiny LLaVA", yscale="log")
+        (trained,) = axis.plot(*_curve(history, "loss"), label=name)
+        if (held_out := _curve(history, "eval_loss"))[0]:
+            axis.plot(*held_out, "o--", color=trained.get_color(), markersize=3, label=f"{name}, held-out")
+    axis.set(xlabel="step", ylabel="loss", title="Fine-tuning of the tiny LLaVA", yscale="log")
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     _save(figure, path)
+
+
+def _curve(history: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of what a Trainer has logged."""
+    entries = [entry for entry in history if name in entry]
+    return [entry["step"] for entry in entries], [float(entry[name]) for entry in entries]
 
 
 def draw_factor_usage(path: Path, answers: Answers) -> None:

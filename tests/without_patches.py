@@ -35,10 +35,13 @@ CLOSEST = {
     "llava_train": ["llava_mixlora/test_cli.py", "end_to_end/test_launchers.py"],
     "llava_train LlavaLlamaForCausalLM": ["end_to_end/test_mistral.py"],
     "llava_mistral": ["end_to_end/test_mistral.py"],
+    "llava_train_evaluation": ["end_to_end/test_held_out.py"],
+    "llava_trainer_evaluation": ["end_to_end/test_held_out.py"],
     "llava_model_worker": ["end_to_end/test_serving.py"],
     "llava_trainer_checkpoints LLaVATrainer.train transformers<5": [
         "end_to_end/test_checkpoints.py::test_run_killed_after_its_last_step_makes_no_further_step"
     ],
+    "llava_trainer_checkpoints LLaVATrainer._load_best_model": ["end_to_end/test_held_out.py"],
     "peft_save_and_load": ["llava_mixlora/method/test_model.py", "llava_mixlora/method/test_registration.py"],
     "transformers_trainer Trainer._load_rng_state": [
         "end_to_end/test_checkpoints.py::test_killed_run_goes_on_as_if_nothing_had_happened"

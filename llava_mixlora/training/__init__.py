@@ -1,1 +1,1 @@
-"""What a run needs beside the method: checks, checkpoints, signals, logs, counts. Imports `method`, `adapters`."""
+"""What a run needs beside the method: checks, checkpoints, held-out data, logs. Imports `method` and `adapters`."""

@@ -87,11 +87,20 @@ def publish(output_dir: str | Path, name: str) -> Path:
     return target
 
 
-def remove_oldest(output_dir: str | Path, keep: int | None) -> None:
-    """Keep the newest `keep` checkpoints (`--save_total_limit`, at least 1); all of them with None or 0."""
-    if keep:
-        for checkpoint in checkpoints(output_dir)[keep:]:
-            shutil.rmtree(checkpoint)
+def remove_oldest(output_dir: str | Path, keep: int | None, best: str | Path | None = None) -> None:
+    """Keep `keep` checkpoints (`--save_total_limit`, at least 1), all of them with None or 0: the newest, and the best.
+
+    As in transformers, the newest is kept beside the best even where `keep` is 1: a run goes on from it.
+    """
+    if not keep:
+        return
+    found = checkpoints(output_dir)
+    kept = found[:keep]
+    if best is not None and Path(best).name not in [folder.name for folder in kept]:
+        kept = [*found[: max(1, keep - 1)], Path(output_dir) / Path(best).name]
+    for folder in found:
+        if folder not in kept:
+            shutil.rmtree(folder)
 
 
 def verify(checkpoint: Path) -> None:

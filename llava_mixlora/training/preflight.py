@@ -15,6 +15,7 @@ from ..errors import MixLoraError
 from ..inputs import check_model_path, check_writable, read_json
 from ..shipped import shipped
 from .given_flags import given_flags, is_true, trains_adapter
+from .held_out import check_held_out
 from .run_data import check_run_data
 
 
@@ -28,6 +29,7 @@ def check_training_inputs(argv: Sequence[str]) -> DataCheck | None:
     flags = given_flags(argv)
     check_quantization(flags)
     note_compiler_locks(flags)
+    check_held_out(flags)
     if not trains_adapter(flags):
         return None
     for flag in ("model_name_or_path", "vision_tower"):

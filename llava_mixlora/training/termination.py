@@ -38,6 +38,7 @@ class SaveOnTermination(TrainerCallback):
         self._ending = _any_process(self._received, args.device)
         if self._ending:
             control.should_save = True
+            control.should_evaluate = False  # it may take longer than the time that is left
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End the program, once the checkpoint is there.

@@ -37,3 +37,17 @@ def test_losses_of_both_are_drawn(tmp_path):
         (tmp_path / name).write_text(json.dumps({"log_history": history}))
     draw_loss_curve(tmp_path / "loss.png", tmp_path / "mixlora", tmp_path / "lora")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loss_on_held_out_data_is_drawn_beside_that_of_training(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        "playground.report._save",
+        lambda figure, path: drawn.update({line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}),
+    )
+    trained = [{"step": 10, "loss": 2.0}, {"step": 20, "loss": 1.0}]
+    held_out = [{"step": 10, "eval_loss": 2.5}, {"step": 20, "eval_loss": 2.25}]
+    (tmp_path / "mixlora").write_text(json.dumps({"log_history": [*trained, *held_out]}))
+    (tmp_path / "lora").write_text(json.dumps({"log_history": trained}))
+    draw_loss_curve(tmp_path / "loss.png", tmp_path / "mixlora", tmp_path / "lora")
+    assert drawn == {"MixLoRA": [2.0, 1.0], "MixLoRA, held-out": [2.5, 2.25], "LoRA": [2.0, 1.0]}

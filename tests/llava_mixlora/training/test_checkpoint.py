@@ -112,6 +112,17 @@ def test_oldest_checkpoints_are_removed(output, keep, left):
 
 
 @pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [(1, 2, [10, 2]), (2, 2, [10, 2]), (3, 2, [10, 7, 2]), (2, 10, [10, 7]), (1, 10, [10]), (None, 2, [10, 7, 4, 2])],
+)
+def test_best_checkpoint_is_never_removed_and_the_newest_stays_too(output, keep, best, left):
+    for number in (4, 7):
+        (output / f"checkpoint-{number}").mkdir()
+    checkpoint.remove_oldest(output, keep, output / f"checkpoint-{best}")
+    assert [folder.name for folder in checkpoint.checkpoints(output)] == [f"checkpoint-{number}" for number in left]
+
+
+@pytest.mark.parametrize(
     "other", [{"num_factors": 8}, {"r": 3}, {"routing": "random"}, {"rank_pattern": {"q_proj": 1}}]
 )
 def test_checkpoint_of_other_shapes_is_refused(output, other):
