@@ -14,7 +14,7 @@ from typing import Any, Optional
 import torch
 from transformers import PretrainedConfig, set_seed
 
-from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
+from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL, is_mixlora_adapter
 from llava_mixlora.attention import available_attention
 from llava_mixlora.data.check import DataCheck
 from llava_mixlora.data.images import open_image
@@ -22,6 +22,7 @@ from llava_mixlora.errors import MixLoraError
 from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.training.checkpoint import check_same_adapter
+from llava_mixlora.training.continuing import continued_config, continued_tasks, words_of_adapter
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
 from llava_mixlora.training.run_data import agree
@@ -105,6 +106,13 @@ class MixLoraArguments:
             "answer); they are left out. 0 refuses any."
         },
     )
+    mixlora_init_from: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Start from this trained MixLoRA adapter, on other data: its factors, routers, statistics and "
+            "projector go on; of a plain LoRA, its projector. What no flag says is as in the adapter, its base too."
+        },
+    )
     mixlora_preset: Optional[str] = field(
         default=None,
         metadata={
@@ -152,13 +160,20 @@ class MixLoraArguments:
             "task_loss_weight": self.mixlora_task_loss_weight,
             "tasks": running_tasks(),
         }
+        of_upstream = {
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "bias": {"lora_only": "mixlora_only"}.get(self.lora_bias, self.lora_bias),
+        }
         factors = self.mixlora_num_factors
+        if self.mixlora_init_from is not None:
+            continued = continued_config(self.mixlora_init_from, {**of_upstream, "num_factors": factors, **given})
+            if continued is not None:
+                return continued
         return PRESETS[self.mixlora_preset](
-            r=self.lora_r,
             num_factors=max(MixLoraConfig.num_factors, self.lora_r) if factors is None else factors,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            bias={"lora_only": "mixlora_only"}.get(self.lora_bias, self.lora_bias),
+            **of_upstream,
             target_modules=target_modules,
             exclude_modules=NOT_THE_LANGUAGE_MODEL,
             task_type="CAUSAL_LM",
@@ -175,6 +190,8 @@ class MixLoraArguments:
         running = _running_train.get()
         if running is not None and running.data is not None:
             running.tasks = task_names(running.data.samples, running.data.path)
+            if self.mixlora_init_from is not None and is_mixlora_adapter(self.mixlora_init_from):
+                running.tasks = continued_tasks(self.mixlora_init_from, running.tasks)
 
 
 @dataclass
@@ -245,13 +262,17 @@ def with_flags(flags: type) -> Callable[[type], type]:
 def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def train(attn_implementation: str | None = None) -> None:
-        token = _running_train.set(RunningTrain(check_training_inputs(sys.argv[1:])))
+        running = RunningTrain()
+        argv, token = sys.argv, _running_train.set(running)
         try:
+            sys.argv = [*argv, *words_of_adapter(argv[1:])]
+            running.data = check_training_inputs(sys.argv[1:])
             original(attn_implementation=available_attention(attn_implementation))
         except MixLoraError as error:
             # What a worker of a DataLoader raises comes with its traceback in the message; ours are the last line.
             raise MixLoraError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_OF_A_WORKER)) from error
         finally:
+            sys.argv = argv
             _running_train.reset(token)
 
     return train

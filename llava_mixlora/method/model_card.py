@@ -43,6 +43,7 @@ class TrainingRecord:
         hyperparameters: by name.
         loading: Markdown on how to load the adapter, where `PeftModel.from_pretrained` is not all.
         pipeline_tag: the hub's word for what the model does, where PEFT's is not right.
+        continues: the adapter that the run went on from.
     """
 
     data: str | None = None
@@ -51,6 +52,7 @@ class TrainingRecord:
     hyperparameters: dict[str, Any] = field(default_factory=dict)
     loading: str | None = None
     pipeline_tag: str | None = None
+    continues: str | None = None
 
 
 def settings_of(config: PeftConfig) -> dict[str, Any]:
@@ -131,7 +133,12 @@ def _lines(config: PeftConfig, folder: Path, base: str | None, record: TrainingR
     yield ""
     if record.data is None and not record.hyperparameters:
         yield "Data and hyperparameters are not recorded."
-    facts = {"data": record.data, "samples": record.samples, "sha256 of the data": record.sha256}
+    facts = {
+        "continues": record.continues,
+        "data": record.data,
+        "samples": record.samples,
+        "sha256 of the data": record.sha256,
+    }
     told = {name: value for name, value in {**facts, **record.hyperparameters}.items() if value is not None}
     if told:
         yield from _table(("what", "value"), told)

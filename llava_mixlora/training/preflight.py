@@ -14,6 +14,7 @@ from ..data.check import DataCheck
 from ..errors import MixLoraError
 from ..inputs import check_model_path, check_writable, read_json
 from ..shipped import shipped
+from .continuing import check_is_no_adapter
 from .given_flags import given_flags, is_true, trains_adapter
 from .held_out import check_held_out
 from .run_data import check_run_data
@@ -29,6 +30,8 @@ def check_training_inputs(argv: Sequence[str]) -> DataCheck | None:
     flags = given_flags(argv)
     check_quantization(flags)
     note_compiler_locks(flags)
+    if trains_adapter(flags):
+        check_is_no_adapter(flags)
     check_held_out(flags)
     if not trains_adapter(flags):
         return None

@@ -10,6 +10,7 @@ from ..adapters.llava_card import llava_record
 from ..data.check import DataCheck
 from ..method.model_card import TrainingRecord
 from .checkpoint import sha256_of
+from .continuing import description_of
 
 HYPERPARAMETERS = (
     *("learning_rate", "mixlora_router_lr", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay"),
@@ -31,6 +32,8 @@ def training_record(data: DataCheck | None, flags: Any) -> TrainingRecord:
     if data is not None and os.environ.get("RANK", "0") == "0":
         record.data, record.samples = Path(data.path).name, data.usable
         record.sha256 = sha256_of(Path(data.path))
+    if flags.mixlora_init_from is not None:
+        record.continues = description_of(flags.mixlora_init_from)
     return record
 
 
