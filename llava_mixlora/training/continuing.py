@@ -18,7 +18,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+import peft
+from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -167,7 +168,7 @@ def take_over(model: PeftModel, folder: str | Path) -> None:
         learnt = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
         _check_tensors(model, learnt, folder)
         with _whole([each for name, each in model.named_parameters() if MixLoraModel.prefix in name]):
-            set_peft_model_state_dict(model, learnt, ADAPTER)
+            peft.set_peft_model_state_dict(model, learnt, ADAPTER)
     elif os.environ.get("RANK", "0") == "0":
         print(
             f"note: {folder} is a plain LoRA: its projector goes on and its own weights do not, since they are no "
@@ -381,7 +382,8 @@ def _is_a_place(name: str) -> bool:
 
 def _check_tensors(model: PeftModel, learnt: Mapping[str, Tensor], folder: str | Path) -> None:
     """Compare an adapter with what the model would save, statistics aside, which older adapters lack."""
-    saved = get_peft_model_state_dict(
+    # Looked up when it is called, since for older versions of PEFT it is patched; so is its counterpart above.
+    saved = peft.get_peft_model_state_dict(
         model, dict(model.named_parameters()), adapter_name=ADAPTER, save_embedding_layers=False
     )
     wanted, found = (
