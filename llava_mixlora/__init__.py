@@ -4,6 +4,11 @@ Importing this package registers the PEFT type `MIXLORA` and changes nothing els
 `llava_mixlora.patches.apply()`, which `llava-mixlora run` calls.
 """
 
+from . import interruption
+
+if interruption.is_program():
+    interruption.end_at_once()  # before the seconds that the imports below take
+
 import sys
 from contextlib import redirect_stdout
 from importlib import import_module

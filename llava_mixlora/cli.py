@@ -10,9 +10,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from . import __version__
+from . import __version__, interruption
 from .diagnosis.doctor import check_imported
 from .errors import MixLoraError
+from .writing import OF_WRITES, reason_of
 
 COMMANDS = {
     "run": ("launch:add_run", "run a LLaVA entry point with the plugin active"),
@@ -41,23 +42,37 @@ LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except MixLoraError as error:
+        _say(f"error: {error}")
+        return 1
+    except OSError as error:
+        if error.errno not in OF_WRITES:
+            raise
+        _drop_output()
+        place = error.filename or "the standard output, or a file,"
+        _say(f"error: {place} could not be written ({reason_of(error)})")
+        return 1
+    except KeyboardInterrupt as error:
+        _end_bars()
+        interruption.say(str(error))
+        return interruption.STATUS
+
+
+def _run(argv: list[str]) -> int:
     launcher_flags = []
     while argv and LOCAL_RANK.fullmatch(argv[0]):
         launcher_flags.append(argv.pop(0))
     name = argv[0] if argv and argv[0] in COMMANDS else None
-    try:
-        if name not in (None, "doctor"):
-            check_imported()
-        if name == "run" and argv[1:2] not in (["-h"], ["--help"]):
-            from .launch import run_words
+    if name not in (None, "doctor"):
+        check_imported()
+    if name == "run" and argv[1:2] not in (["-h"], ["--help"]):
+        from .launch import run_words
 
-            run_words(launcher_flags, argv[1:])  # argparse would take the script's flags for ours
-            return 0
-        return _answer(_parser(name).parse_args(argv))
-    except MixLoraError as error:
-        print(f"llava-mixlora: error: {error}", file=sys.stderr)
-        return 1
+        run_words(launcher_flags, argv[1:])  # argparse would take the script's flags for ours
+        return 0
+    return _answer(_parser(name).parse_args(argv))
 
 
 def _parser(name: str | None) -> argparse.ArgumentParser:
@@ -76,9 +91,26 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
 def _answer(arguments: argparse.Namespace) -> int:
     """Run a command that prints; returns its status, or a shell's for a reader that went away, as `head` does."""
     try:
-        status = arguments.command(arguments) or 0
+        with interruption.raising():
+            status = arguments.command(arguments) or 0
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        _drop_output()
         return 128 + signal.SIGPIPE
+
+
+def _say(line: str) -> None:
+    _end_bars()
+    print(f"llava-mixlora: {line}", file=sys.stderr)
+
+
+def _end_bars() -> None:
+    """End the lines of progress bars that were left half way, or what is said next would stand behind one."""
+    if (tqdm := sys.modules.get("tqdm")) is not None:
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from . import patches
+from . import interruption, patches
 from .adapters.adapter_folder import is_mixlora_adapter
 from .errors import MixLoraError
 
@@ -60,12 +60,13 @@ def run(target: str, arguments: list[str], as_module: bool) -> None:
     if not as_module:
         sys.path.insert(0, str(path.parent))
     patched = _patched_module(path)
-    if patched is not None:
-        run_main_block(patched)
-    elif as_module:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(str(path), run_name="__main__")
+    with interruption.raising():
+        if patched is not None:
+            run_main_block(patched)
+        elif as_module:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(path), run_name="__main__")
 
 
 def run_main_block(module: ModuleType) -> None:

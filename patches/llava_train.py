@@ -6,27 +6,33 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
-from transformers import PretrainedConfig, set_seed
+from transformers import HfArgumentParser, PretrainedConfig, set_seed
 
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL, is_mixlora_adapter
 from llava_mixlora.attention import available_attention
 from llava_mixlora.data.check import DataCheck
 from llava_mixlora.data.images import open_image
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.folder_lock import locked
 from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
-from llava_mixlora.training.checkpoint import check_same_adapter
 from llava_mixlora.training.continuing import continued_config, continued_tasks, words_of_adapter
+from llava_mixlora.training.first_process import decided_by_first
+from llava_mixlora.training.given_flags import given_flags
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
+from llava_mixlora.training.resuming import Run, check_resuming, describe_run, finished, is_written
 from llava_mixlora.training.run_data import agree
 from llava_mixlora.training.task_labels import LABEL, TaskLabels, task_names
+from llava_mixlora.training.termination import interruptible
+from llava_mixlora.training.turns import counts_turns_alone
 
 from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
@@ -130,8 +136,9 @@ class MixLoraArguments:
         super().__post_init__()
         if (running := _running_train.get()) is not None:
             running.arguments = self
-            if self.mixlora_enable:
-                check_same_adapter(self.output_dir, self.mixlora_config())
+            is_first = self.process_index == 0
+            if self.lora_enable and decided_by_first(is_first, lambda: self._has_its_result(running)):
+                raise NothingToTrain
             # Trainer seeds too, but after train() has drawn the adapter and the projector: too late to repeat a run.
             set_seed(self.seed)
 
@@ -180,6 +187,25 @@ class MixLoraArguments:
             **{name: value for name, value in given.items() if value is not None},
         )
 
+    def _has_its_result(self, running: RunningTrain) -> bool:
+        """Describe the run, compare it with the one that wrote its checkpoints; whether its result is there already."""
+        if running.data is None:
+            return False
+        running.run = describe_run(_all_flags(), running.data.samples, self.world_size * max(1, self.n_gpu))
+        adapter = self.mixlora_config() if self.mixlora_enable else None
+        for note in check_resuming(self.output_dir, running.run, adapter):
+            print(note, flush=True)
+        last = finished(self.output_dir, running.run)
+        if last is None:
+            return False
+        written = is_written(self.output_dir, last)
+        print(
+            f"already finished, nothing to train: {last} is of the last step; {self.output_dir} "
+            f"{'holds' if written else 'gets'} its result",
+            flush=True,
+        )
+        return written
+
     def _find_tasks(self) -> None:
         """Read the names of the tasks from the data, which are other flags' matter, if a train() is running."""
         if self.remove_unused_columns:
@@ -194,13 +220,21 @@ class MixLoraArguments:
                 running.tasks = continued_tasks(self.mixlora_init_from, running.tasks)
 
 
+class NothingToTrain(Exception):
+    """Ends a train() whose result is there already, before the model is loaded."""
+
+
 @dataclass
 class RunningTrain:
-    """One call of train(): its data once checked, the flags that it has parsed so far, the tasks where they count."""
+    """One call of train(): its data once checked, the flags that it has parsed so far, the tasks where they count.
+
+    `run`: what its checkpoints tell of it; known in the first process of a run that trains an adapter.
+    """
 
     data: DataCheck | None = None
     arguments: MixLoraArguments | None = None
     tasks: list[str] | None = None
+    run: Run | None = None
 
 
 _running_train: ContextVar[RunningTrain | None] = ContextVar("the train() that is running", default=None)
@@ -216,6 +250,20 @@ def running_tasks() -> list[str] | None:
     """The tasks of the data of the train() that is running; None outside of one, and without a task loss."""
     running = _running_train.get()
     return None if running is None else running.tasks
+
+
+def running_run() -> Run | None:
+    """What the checkpoints of the train() that is running tell of it, in its first process."""
+    running = _running_train.get()
+    return None if running is None else running.run
+
+
+def _all_flags() -> dict[str, Any]:
+    """Every flag of train() with its value, as the command line gives it; defaults too."""
+    from llava.train import train as upstream
+
+    parser = HfArgumentParser((upstream.ModelArguments, upstream.DataArguments, upstream.TrainingArguments))
+    return vars(parser.parse_args(sys.argv[1:]))
 
 
 @dataclass
@@ -267,7 +315,12 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
         try:
             sys.argv = [*argv, *words_of_adapter(argv[1:])]
             running.data = check_training_inputs(sys.argv[1:])
-            original(attn_implementation=available_attention(attn_implementation))
+            output_dir = given_flags(sys.argv[1:]).get("output_dir")
+            lock = nullcontext() if output_dir is None else locked(output_dir, "--output_dir")
+            with lock, interruptible(output_dir):
+                original(attn_implementation=available_attention(attn_implementation))
+        except NothingToTrain:
+            return
         except MixLoraError as error:
             # What a worker of a DataLoader raises comes with its traceback in the message; ours are the last line.
             raise MixLoraError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_OF_A_WORKER)) from error
@@ -365,6 +418,16 @@ def _keep_task(original: Callable[..., Any]) -> Callable[..., Any]:
     return __getitem__
 
 
+def _know_legacy(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def preprocess_v1(sources: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(tokenizer, "legacy"):
+            tokenizer.legacy = counts_turns_alone(tokenizer)
+        return original(sources, tokenizer, *args, **kwargs)
+
+    return preprocess_v1
+
+
 def _number_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def make_supervised_data_module(*args: Any, **kwargs: Any) -> Any:
@@ -445,6 +508,14 @@ PATCHES = (
         why="it drops the field 'task' of a sample, which --mixlora_task_loss_weight learns from",
         replace=_keep_task,
         parameters=("i",),
+    ),
+    Patch(
+        "llava.train.train:preprocess_v1",
+        kind=COMPATIBILITY,
+        why="it asks the tokenizer whether it is a `legacy` one, which that of a Mistral no longer tells",
+        replace=_know_legacy,
+        parameters=("sources", "tokenizer"),
+        requires={"transformers": ">=5"},
     ),
     Patch(
         "llava.train.train:make_supervised_data_module",

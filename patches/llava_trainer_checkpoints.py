@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers.trainer import TRAINER_STATE_NAME
@@ -25,8 +24,11 @@ from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, read_non_
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.training import checkpoint
 from llava_mixlora.training.best_checkpoint import EarlyStopping
+from llava_mixlora.training.first_process import decided_by_first
+from llava_mixlora.training.resuming import write_run
 from llava_mixlora.training.termination import SaveOnTermination
 
+from .llava_train import running_run
 from .patch import FAULT, Patch
 
 
@@ -113,6 +115,8 @@ def _save_aside_then_rename(original: Callable[..., None]) -> Callable[..., None
             for turn in (self.is_world_process_zero(), self.is_local_process_zero()):
                 self.accelerator.wait_for_everyone()
                 if turn and (checkpoint.unfinished(output_dir) / name).is_dir():
+                    if (run := running_run()) is not None:
+                        write_run(run, checkpoint.unfinished(output_dir) / name)
                     checkpoint.publish(output_dir, name)
         if self.args.should_save:
             checkpoint.remove_oldest(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
@@ -177,19 +181,12 @@ def _has_stopped_early(trainer: Any, state: TrainerState) -> bool:
 
 
 def _newest_whole(trainer: Any) -> str:
-    found, problem = [None], None
+    found = decided_by_first(
+        trainer.is_world_process_zero(), lambda: str(checkpoint.newest_whole(trainer.args.output_dir))
+    )
     if trainer.is_world_process_zero():
-        try:
-            found = [str(checkpoint.newest_whole(trainer.args.output_dir))]
-            print(f"going on from {found[0]}", flush=True)
-        except MixLoraError as error:
-            problem = error
-    broadcast_object_list(found)
-    if problem is not None:
-        raise problem
-    if found[0] is None:
-        raise SystemExit(1)  # the first process says why
-    return found[0]
+        print(f"going on from {found}", flush=True)
+    return found
 
 
 def _load_projector_too(original: Callable[..., None]) -> Callable[..., None]:

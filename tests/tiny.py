@@ -1,6 +1,8 @@
 """What several tests do to the tiny models of conftest.py."""
 
 import importlib.util
+import resource
+from contextlib import contextmanager
 
 import peft
 import pytest
@@ -95,3 +97,14 @@ def message_of(function, *args, **kwargs):
         function(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@contextmanager
+def no_room(size):
+    """Let no file of this process grow beyond `size` bytes, which fails as on a full disk."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)

@@ -126,7 +126,7 @@ def convert(
         torch.save(beside, folder / NON_LORA_TRAINABLES)
         llava_config = _for_upstream(llava_config, model_base, vision_tower)
         (folder / "config.json").write_text(json.dumps(llava_config, indent=2) + "\n", encoding="utf-8")
-    write_card(config, output, llava_record())
+        write_card(config, folder, llava_record())
     return config
 
 

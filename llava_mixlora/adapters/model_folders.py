@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import MixLoraError
+from ..folder_lock import lock_file
+from ..writing import writing
 
 
 def base_folder(model_base: str) -> Path:
@@ -31,13 +34,18 @@ def base_folder(model_base: str) -> Path:
 
 
 def check_output(flag: str, output: Path) -> None:
-    """Refuse to write over what is there.
+    """Refuse to write over what is there, and where nothing can be written.
 
     Raises:
-        MixLoraError: `output`, given as `flag`, is there and is not an empty folder.
+        MixLoraError: `output`, given as `flag`, is there and is not an empty folder, or cannot be made.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise MixLoraError(f"{flag} {output} exists and is not an empty folder; choose another, or remove it first")
+    try:
+        with tempfile.TemporaryFile(dir=_first_that_exists(output.absolute().parent)):
+            pass
+    except OSError as error:
+        raise MixLoraError(f"{flag} {output} cannot be written ({error.strerror}); choose another") from error
 
 
 def check_room(flag: str, output: Path, needed: int) -> None:
@@ -46,8 +54,7 @@ def check_room(flag: str, output: Path, needed: int) -> None:
     Raises:
         MixLoraError: fewer than `needed` bytes are free where `output` goes.
     """
-    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_first_that_exists(output.absolute())).free
     if free < needed:
         raise MixLoraError(
             f"{flag} {output}: {_gigabytes(needed)} are needed, but its disk has {_gigabytes(free)} free; make room, "
@@ -57,26 +64,32 @@ def check_room(flag: str, output: Path, needed: int) -> None:
 
 @contextmanager
 def new_folder(flag: str, output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the body is done, and is gone when the body fails.
+    """A folder of the name of `output` that takes its place when the body is done, and is gone when the body fails.
 
-    Only a killed process leaves it, as `.NAME.unfinished`; the next one for the same `output` removes it first.
+    Only a killed process leaves it, in `.NAME.unfinished` beside `output`; the next one for the same `output` removes
+    it first. Two at a time would undo each other's work, so the second is refused.
 
     Raises:
-        MixLoraError: it cannot be written; `flag` is what `output` was given as.
+        MixLoraError: it cannot be written, or another process is writing it; `flag` is what `output` was given as.
     """
     output = output.absolute()
     unfinished = output.with_name(f".{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if output.exists():
-            output.rmdir()
-        unfinished.rename(output)
-    except OSError as error:
-        raise MixLoraError(f"{flag} {output} cannot be written ({error.strerror}); choose another") from error
-    finally:
+    with lock_file(output.with_name(f".{output.name}.lock"), output, flag):
         shutil.rmtree(unfinished, ignore_errors=True)
+        try:
+            with writing(f"{flag} {output}", "make room, or choose another"):
+                folder = unfinished / output.name
+                folder.mkdir(parents=True)
+                yield folder
+                if output.exists():
+                    output.rmdir()
+                folder.rename(output)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _first_that_exists(folder: Path) -> Path:
+    return next(there for there in (folder, *folder.parents) if there.exists())
 
 
 def _gigabytes(size: int) -> str:

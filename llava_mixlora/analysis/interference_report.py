@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..writing import whole_file, write_whole
 from .interference_estimate import MEASURABLE, Estimate
 from .recommendation import Recommendation
 
@@ -51,7 +52,7 @@ class Interference:
         }
         if self.recommendation:
             contents["recommendation"] = _listed(asdict(self.recommendation))
-        (folder / RESULT).write_text(json.dumps(contents) + "\n", encoding="utf-8")
+        write_whole(folder / RESULT, json.dumps(contents) + "\n")
         self._draw(folder / PICTURE)
 
     def lines(self) -> Iterator[str]:
@@ -117,7 +118,8 @@ class Interference:
             ),
             fontsize=10,
         )
-        figure.savefig(file, dpi=130)
+        with whole_file(file) as unfinished:
+            figure.savefig(unfinished, dpi=130)
 
     def _panels(self, pool: str) -> list[tuple[str, Estimate]]:
         layers = list(self.by_layer[pool])

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..inference.samples import SampleSource
-from ..inputs import positive
+from ..inputs import check_writable, positive
 from .plot_usage import plot
 from .task_routes import draw_task_routes, task_routes
 
@@ -39,5 +39,6 @@ def _plot(given: argparse.Namespace) -> None:
         return
     data = SampleSource(given.data, given.image_folder, samples=given.samples, version=given.version)
     output = Path(given.output or Path(given.adapter) / "routes")
+    check_writable(output, "--output")
     draw_task_routes(task_routes(given.adapter, given.model_base, data), output)
     print(f"Wrote routes.json and three pictures to {output}")

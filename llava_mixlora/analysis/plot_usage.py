@@ -10,6 +10,7 @@ from ..adapters.inspect_adapter import read_contents
 from ..errors import MixLoraError
 from ..method.config import MixLoraConfig
 from ..method.routing_statistics import POOLS
+from ..writing import whole_file
 
 
 def plot(folder: str | Path, output: str | Path) -> None:
@@ -42,7 +43,10 @@ def plot(folder: str | Path, output: str | Path) -> None:
     figure.suptitle(f"Factors used in training: {Path(folder).resolve().name}")
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=150)
+        with whole_file(Path(output)) as unfinished:
+            figure.savefig(unfinished, dpi=150)
+    except MixLoraError:
+        raise
     except (OSError, ValueError) as error:  # matplotlib raises ValueError for a suffix it does not know
         raise MixLoraError(
             f"--output {output} cannot be written ({error}); choose another, such as usage.png"

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import MixLoraError
 from ..inference.loading import load_for_inference
 from ..inference.samples import SampleSource, batches, samples_by_task
+from ..writing import whole_file, write_whole
 from .plot_usage import pool_titles
 
 RESULT, USAGE, MAP, SIMILARITY = "routes.json", "task_usage.png", "route_map.png", "task_similarity.png"
@@ -99,7 +100,7 @@ def draw_task_routes(routes: TaskRoutes, folder: Path) -> None:
         "usage": usage,
         "similarity": routes.similarity().tolist(),
     }
-    (folder / RESULT).write_text(json.dumps(contents) + "\n", encoding="utf-8")
+    write_whole(folder / RESULT, json.dumps(contents) + "\n")
     layers, tasks = routes.three_layers(), routes.tasks
 
     height = 1 + len(routes.pools) * (0.5 + 0.2 * len(tasks))
@@ -113,7 +114,8 @@ def draw_task_routes(routes: TaskRoutes, folder: Path) -> None:
             axis.set_yticks(range(len(tasks)), tasks, fontsize=6)
     figure.supxlabel("factor")
     figure.colorbar(drawn, ax=axes, label="share of a task's samples that choose a factor")
-    figure.savefig(folder / USAGE, dpi=110)
+    with whole_file(folder / USAGE) as file:
+        figure.savefig(file, dpi=110)
 
     figure = Figure(figsize=(4 * len(layers) + 1, 4), layout="constrained")
     axes = figure.subplots(1, len(layers), squeeze=False)[0]
@@ -129,7 +131,8 @@ def draw_task_routes(routes: TaskRoutes, folder: Path) -> None:
         axis.set_yticks([])
     axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle("t-SNE of the routes", fontsize=9)
-    figure.savefig(folder / MAP, dpi=110)
+    with whole_file(folder / MAP) as file:
+        figure.savefig(file, dpi=110)
 
     figure = Figure(figsize=(3 + 0.3 * len(tasks), 2 + 0.3 * len(tasks)), layout="constrained")
     axis = figure.subplots()
@@ -137,7 +140,8 @@ def draw_task_routes(routes: TaskRoutes, folder: Path) -> None:
     axis.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
     axis.set_yticks(range(len(tasks)), tasks, fontsize=7)
     figure.colorbar(drawn, label="cosine similarity of the factors used")
-    figure.savefig(folder / SIMILARITY, dpi=110)
+    with whole_file(folder / SIMILARITY) as file:
+        figure.savefig(file, dpi=110)
 
 
 def _color(number: int) -> Any:

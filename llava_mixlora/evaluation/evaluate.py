@@ -21,8 +21,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import distributed
 
 from ..errors import MixLoraError
+from ..folder_lock import locked
 from ..inputs import check_writable, positive, read_json
-from .json_lines import read_lines, write_whole
+from ..writing import write_whole
+from .json_lines import append_lines, read_lines
 from .metrics import contained_match, exact_match, mme, normalised, pope
 from .questions import Question, is_mme, read_questions
 
@@ -65,7 +67,12 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 def _eval(given: argparse.Namespace) -> None:
     questions = read_questions(given.questions, given.image_folder, given.task, given.limit)
     asking = Asking(given.model_path, given.model_base, given.conv_mode, given.max_new_tokens, given.bits)
-    result = evaluate(asking, questions, Path(given.output), given.batch_size, given.judge)
+    try:
+        result = evaluate(asking, questions, Path(given.output), given.batch_size, given.judge)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{given.output} keeps the answers so far; the same command asks only what has none"
+        ) from None
     if result is not None:
         print(table(result))
         print(f"\nWrote answers.jsonl, scores.json and scores.md to {given.output}")
@@ -104,10 +111,17 @@ def evaluate(
             model cannot be loaded.
     """
     _join_processes()
+    check_writable(output, "--output")
+    with locked(output, "--output"):
+        return _evaluate(asking, questions, output, batch_size, judge)
+
+
+def _evaluate(
+    asking: Asking, questions: list[Question], output: Path, batch_size: int, judge: str | None
+) -> dict[str, Any] | None:
     first = _rank() == 0
     pending = None
     if first:
-        check_writable(output, "--output")
         _check_same_run(output, asking)
         answered = _collect(output, questions)
         pending = [question.id for question in questions if question.id not in answered]
@@ -214,14 +228,15 @@ def _answer(questions: list[Question], asking: Asking, output: Path, batch_size:
     # Prompts of like length share a batch, so little of it is padding; the processes take turns along the list.
     share = sorted(questions, key=lambda question: len(question.prompt))[_rank() :: _world_size()]
     name = Path(asking.model_path).name
-    with (output / PARTS.replace("*", str(_rank()))).open("a", encoding="utf-8") as part:
-        done = answer(loaded, share, asking.conversation, batch_size, asking.max_new_tokens, progress=_rank() == 0)
-        for batch, texts in done:
-            for question, text in zip(batch, texts):
-                line = {"question_id": question.id, "prompt": question.prompt, "text": text, "model_id": name}
-                beside = {"task": question.task, "target": question.target, "image": str(question.image)}
-                part.write(json.dumps({**line, "metadata": beside}) + "\n")
-            part.flush()
+    part = output / PARTS.replace("*", str(_rank()))
+    done = answer(loaded, share, asking.conversation, batch_size, asking.max_new_tokens, progress=_rank() == 0)
+    for batch, texts in done:
+        lines = []
+        for question, text in zip(batch, texts):
+            line = {"question_id": question.id, "prompt": question.prompt, "text": text, "model_id": name}
+            beside = {"task": question.task, "target": question.target, "image": str(question.image)}
+            lines.append({**line, "metadata": beside})
+        append_lines(part, lines)
 
 
 def _collect(output: Path, questions: list[Question]) -> Answers:

@@ -1,13 +1,13 @@
-"""Result files of a process that may be killed at any moment: JSON Lines that it appends to, and whole files."""
+"""JSON Lines that a process appends to which may be killed at any moment."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ..errors import MixLoraError
+from ..writing import writing
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -25,8 +25,19 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         raise MixLoraError(f"{file} is damaged ({error}); remove it, or choose another --output") from error
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a file that is at every moment either as it was or as it is to be."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+def append_lines(file: Path, lines: list[dict[str, Any]]) -> None:
+    """Add objects to a file, all of them or none, so that a full disk leaves no torn line.
+
+    Raises:
+        MixLoraError: the disk is full, or the file may not be written.
+    """
+    advice = "make room; the same command then asks only what has no answer yet"
+    with writing(file, advice), file.open("ab", buffering=0) as written:
+        before = written.tell()
+        try:
+            rest = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            while rest:
+                rest = rest[written.write(rest) :]
+        except BaseException:
+            written.truncate(before)
+            raise

@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from ..errors import MixLoraError
-from .json_lines import read_lines, write_whole
+from ..writing import write_whole
+from .json_lines import append_lines, read_lines
 from .questions import Question
 
 JUDGED = "judged.jsonl"
@@ -48,20 +49,18 @@ def judge_answers(
     write_whole(
         output / JUDGED, "".join(f'{{"key": {key}, "right": {json.dumps(right)}}}\n' for key, right in known.items())
     )
-    with (output / JUDGED).open("a", encoding="utf-8") as file:
-        for start in tqdm(range(0, len(pending), batch_size), desc="Judging", unit="batch"):
-            batch = pending[start : start + batch_size]
-            texts = [
-                QUESTION.format(prompt=q.prompt, target=q.target, answer=answers[q.id]["text"] or "(nothing)")
-                for q in batch
-            ]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-            with torch.inference_mode():
-                logits = model(**inputs).logits[:, -1]
-            for question, right in zip(batch, (logits[:, yes] > logits[:, no]).tolist()):
-                verdicts[question.id] = right
-                file.write(json.dumps({"key": keys[question.id], "right": right}) + "\n")
-            file.flush()
+    for start in tqdm(range(0, len(pending), batch_size), desc="Judging", unit="batch"):
+        batch = pending[start : start + batch_size]
+        texts = [
+            QUESTION.format(prompt=q.prompt, target=q.target, answer=answers[q.id]["text"] or "(nothing)")
+            for q in batch
+        ]
+        inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+        with torch.inference_mode():
+            logits = model(**inputs).logits[:, -1]
+        found = dict(zip((question.id for question in batch), (logits[:, yes] > logits[:, no]).tolist()))
+        append_lines(output / JUDGED, [{"key": keys[identity], "right": right} for identity, right in found.items()])
+        verdicts |= found
     return verdicts
 
 

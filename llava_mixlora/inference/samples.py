@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..data.conversations import read_conversations
 from ..data.images import check_images
 from ..errors import MixLoraError
+from ..writing import writing
 from .loading import Loaded
 
 Batch = dict[str, Any]
@@ -117,10 +118,11 @@ def training_data(
     conversation.default_conversation = conversation.conv_templates[version]
     tokenizer, model, image_processor = loaded
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(samples, file)
-        file.flush()
-        arguments = DataArguments(data_path=file.name, image_folder=str(image_folder), is_multimodal=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "samples.json"
+        with writing(file, "make room there, or name another folder for temporary files in TMPDIR"):
+            file.write_text(json.dumps(samples), encoding="utf-8")
+        arguments = DataArguments(data_path=str(file), image_folder=str(image_folder), is_multimodal=True)
         arguments.image_processor = image_processor
         arguments.image_aspect_ratio = getattr(model.config, "image_aspect_ratio", None) or "square"
         arguments.mm_use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)

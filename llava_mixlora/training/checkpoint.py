@@ -11,27 +11,32 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
 
-from ..adapters.adapter_folder import NON_LORA_TRAINABLES, check_adapter, is_mixlora_adapter, read_config
+from ..adapters.adapter_folder import NON_LORA_TRAINABLES, check_adapter
 from ..errors import MixLoraError
-from ..method.config import MixLoraConfig
+from ..inputs import read_json
+from ..writing import is_failed_write, reason_of
 
 UNFINISHED = ".unfinished"
 CHECKSUMS = "checksums.sha256"
 TRAINER_STATE = "trainer_state.json"
 CHUNK = 1 << 22  # bytes read at once for a checksum
 NEARLY_NOTHING = 1 << 20  # bytes: with less than that left, the disk counts as full
-MUST_MATCH = (
-    *("num_factors", "r", "pairing", "routing", "router_input", "cfs"),
-    *("rank_pattern", "modules_to_save", "tasks"),
-)
-"""Fields of [`MixLoraConfig`] that decide which tensors an adapter has, their shapes, and whose factors they are."""
+RUN = "run.json"
+"""File that tells of the run which wrote a checkpoint; see `resuming`."""
+NEEDED = (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, "config.json", NON_LORA_TRAINABLES, TRAINER_STATE)
+"""Files without which no run can go on from a checkpoint."""
+STATE = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "latest", "global_step*/*", RUN)
+"""Files, as patterns, with the state of optimizer, scheduler and random generators; which, depends on the run."""
+LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+"""A line of `sha256sum`, for a name without line breaks and backslashes."""
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
@@ -60,12 +65,12 @@ def saving(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         is_full = shutil.disk_usage(checkpoint.parent).free < NEARLY_NOTHING
         discard_unfinished(checkpoint.parent)
-        if not _is_failed_write(error):
+        if not is_failed_write(error):
             raise
-        reason = "the disk is full" if is_full else str(error).splitlines()[0]
+        reason = "the disk is full" if is_full else reason_of(error)
         raise MixLoraError(
             f"{checkpoint} could not be written ({reason}); earlier checkpoints are as they were: make room, then the "
             "same command goes on from the newest of them"
@@ -107,22 +112,23 @@ def verify(checkpoint: Path) -> None:
     """Read a checkpoint and compare it with its checksums.
 
     Raises:
-        MixLoraError: the first file that is missing or was changed.
+        MixLoraError: the first file that is missing or was changed, or a list that does not cover the checkpoint.
     """
     sums = checkpoint / CHECKSUMS
-    if not sums.is_file():  # written by LLaVA without this plugin: only what is needed to go on can be checked
+    if not os.path.lexists(sums):  # written by LLaVA without this plugin: only what it needs itself can be checked
+        if (checkpoint / RUN).is_file():
+            raise MixLoraError(f"{sums} is missing")
         for name in (NON_LORA_TRAINABLES, SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE):
             if not (checkpoint / name).is_file():
                 raise MixLoraError(f"{checkpoint / name} is missing")
         check_adapter(checkpoint)
         return
-    for line in sums.read_text(encoding="utf-8").splitlines():
-        expected, _, name = line.partition("  ")
-        try:
-            actual = sha256_of(checkpoint / name)
-        except OSError as error:
-            raise MixLoraError(f"{checkpoint / name} cannot be read ({error.strerror})") from error
-        if actual != expected:
+    listed = _listed(checkpoint)
+    for name in (*NEEDED, *_states(checkpoint)):
+        if name not in listed:
+            raise MixLoraError(f"{sums} is damaged: it does not list {name}")
+    for name, expected in listed.items():
+        if _sum_inside(checkpoint, name) != expected:
             raise MixLoraError(f"{checkpoint / name} is damaged: its checksum is not the one in {CHECKSUMS}")
 
 
@@ -147,36 +153,65 @@ def newest_whole(output_dir: str | Path) -> Path:
     )
 
 
-def check_same_adapter(output_dir: str | Path, wanted: MixLoraConfig) -> None:
-    """Refuse to go on from checkpoints whose adapter has other tensors than the flags describe.
-
-    Raises:
-        MixLoraError: names the checkpoint, and the field that differs.
-    """
-    for checkpoint in checkpoints(output_dir):
-        if not (checkpoint / CONFIG_NAME).is_file():
-            continue
-        if not is_mixlora_adapter(checkpoint):
-            raise MixLoraError(f"{checkpoint} holds no MixLoRA adapter but one of another kind; {_OTHER_RUN}")
-        found = read_config(checkpoint)
-        for name in MUST_MATCH:
-            if getattr(found, name) != getattr(wanted, name):
-                raise MixLoraError(
-                    f"{checkpoint} holds an adapter with {name}={getattr(found, name)!r}, but the flags say "
-                    f"{getattr(wanted, name)!r}; {_OTHER_RUN}"
-                )
-
-
-_OTHER_RUN = "use the flags that it was trained with to go on, or choose another --output_dir"
-
-
 def _seal(folder: Path) -> None:
     """Flush every file and folder below `folder`, and list the files' checksums in `CHECKSUMS`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{sha256_of(path, flush=True)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{sha256_of(path, flush=True)}  {path.relative_to(folder).as_posix()}\n" for path in files_of(folder)]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
     for path in (folder / CHECKSUMS, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _flush(path)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every file below `folder`, in the order of their names."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _listed(checkpoint: Path) -> dict[str, str]:
+    """The checksums in a checkpoint's list, by name.
+
+    Raises:
+        MixLoraError: it is no list of `sha256sum`, or it names something outside of the checkpoint.
+    """
+    sums, listed = checkpoint / CHECKSUMS, {}
+    try:
+        if not stat.S_ISREG(sums.lstat().st_mode):
+            raise MixLoraError(f"{sums} is damaged: it is no regular file")
+        lines = sums.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MixLoraError(f"{sums} cannot be read ({reason_of(error)})") from error
+    for number, line in enumerate(lines, start=1):
+        if not (match := LINE.fullmatch(line)):
+            raise MixLoraError(f"{sums} is damaged: its line {number} is no checksum with a name")
+        name = PurePosixPath(match[2])
+        if name.is_absolute() or ".." in name.parts or str(name) != match[2]:
+            raise MixLoraError(f"{sums} is damaged: its line {number} names {match[2]!r}, which is no file inside it")
+        listed[match[2]] = match[1]
+    return listed
+
+
+def _states(checkpoint: Path) -> Iterator[str]:
+    """Files with a run's state: those that are there, and those that `run.json` says were there."""
+    for path in files_of(checkpoint):
+        name = path.relative_to(checkpoint).as_posix()
+        if any(fnmatch(name, pattern) for pattern in STATE):
+            yield name
+    if (checkpoint / RUN).is_file():
+        yield from map(str, read_json(checkpoint / RUN).get("files") or ())
+
+
+def _sum_inside(checkpoint: Path, name: str) -> str:
+    """The checksum of a regular file of a checkpoint; a link could lead out of it, and a pipe would never end."""
+    file = checkpoint
+    try:
+        for part in PurePosixPath(name).parts:
+            file = file / part
+            if file.is_symlink():
+                raise MixLoraError(f"{file} is damaged: it is a link, not a file of the checkpoint")
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise MixLoraError(f"{file} is damaged: it is no regular file")
+        return sha256_of(file)
+    except OSError as error:
+        raise MixLoraError(f"{checkpoint / name} cannot be read ({error.strerror})") from error
 
 
 def sha256_of(path: Path, flush: bool = False) -> str:
@@ -196,9 +231,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _is_failed_write(error: Exception) -> bool:
-    # A write that fails inside of torch is a RuntimeError, whose message is all that tells it from others.
-    in_torch = any(part in str(error) for part in ("PytorchStreamWriter", "iostream error", "inline_container"))
-    return isinstance(error, (OSError, SafetensorError)) or in_torch

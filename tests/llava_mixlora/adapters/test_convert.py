@@ -16,7 +16,7 @@ from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
 from llava_mixlora.adapters.convert import convert, read_options
 from llava_mixlora.cli import main
 
-from ...tiny import layers
+from ...tiny import layers, no_room
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 PREFIX = "base_model.model."
@@ -381,3 +381,8 @@ def test_card_tells_how_llava_loads_it(converted):
     card = (adapter / "README.md").read_text()
     assert f"# {adapter.name}: a MixLoRA adapter" in card and "llava-mixlora run -m llava.serve.cli" in card
     assert "| router_gradient | none |" in card and "Data and hyperparameters are not recorded." in card
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(message):
+    with no_room(2_000):
+        assert "could not be written (File too large)" in message()

@@ -1,17 +1,21 @@
 """Checkpoints that are whole or absent."""
 
+import json
+import os
 import shutil
 import subprocess
 
 import pytest
 
-from llava_mixlora import MixLoraConfig, MixLoraError
+from llava_mixlora import MixLoraError
 from llava_mixlora.training import checkpoint
 
 
 def write(output, name, content=b"weights"):
     folder = checkpoint.unfinished(output) / name
     (folder / "global_step").mkdir(parents=True)
+    for needed in checkpoint.NEEDED:
+        (folder / needed).write_bytes(content[1:])
     (folder / "optimizer.pt").write_bytes(content)
     (folder / "global_step" / "rank 0.pt").write_bytes(content[::-1])
     return folder
@@ -49,7 +53,7 @@ def test_published_checkpoint_is_whole_and_nothing_is_left_beside_it(output):
 def test_sums_are_those_of_sha256sum(output):
     command = ["sha256sum", "--check", checkpoint.CHECKSUMS]
     said = subprocess.run(command, cwd=output / "checkpoint-2", capture_output=True, text=True)
-    assert said.returncode == 0 and said.stdout.count(": OK") == 2
+    assert said.returncode == 0 and said.stdout.count(": OK") == 2 + len(checkpoint.NEEDED)
 
 
 def test_published_checkpoint_replaces_one_of_its_name(output):
@@ -84,7 +88,7 @@ def test_no_whole_checkpoint_is_an_error_that_names_the_damaged(output):
 def test_checkpoint_that_lacks_the_projector_is_not_whole(output):
     shutil.rmtree(output / "checkpoint-10")
     (output / "checkpoint-2" / checkpoint.CHECKSUMS).unlink()
-    (output / "checkpoint-2" / "adapter_model.safetensors").touch()
+    (output / "checkpoint-2" / "non_lora_trainables.bin").unlink()
     assert "non_lora_trainables.bin is missing" in message(checkpoint.verify, output / "checkpoint-2")
 
 
@@ -111,6 +115,14 @@ def test_oldest_checkpoints_are_removed(output, keep, left):
     assert [folder.name for folder in checkpoint.checkpoints(output)] == left
 
 
+def change_list(folder, change):
+    file = folder / checkpoint.CHECKSUMS
+    file.write_text("".join(f"{line}\n" for line in change(file.read_text().splitlines())))
+
+
+SUM = 64 * "0"
+
+
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
     [(1, 2, [10, 2]), (2, 2, [10, 2]), (3, 2, [10, 7, 2]), (2, 10, [10, 7]), (1, 10, [10]), (None, 2, [10, 7, 4, 2])],
@@ -123,17 +135,71 @@ def test_best_checkpoint_is_never_removed_and_the_newest_stays_too(output, keep,
 
 
 @pytest.mark.parametrize(
-    "other", [{"num_factors": 8}, {"r": 3}, {"routing": "random"}, {"rank_pattern": {"q_proj": 1}}]
+    "line",
+    [
+        f"{SUM}  ../../other",
+        f"{SUM}  /etc/hostname",
+        f"{SUM}  global_step/../../../other",
+        f"{SUM}  ./optimizer.pt",
+        "no sum at all",
+        f"{SUM}  ",
+        "",
+    ],
 )
-def test_checkpoint_of_other_shapes_is_refused(output, other):
-    MixLoraConfig(**{"r": 2, "num_factors": 4, **other}).save_pretrained(output / "checkpoint-2")
-    said = message(checkpoint.check_same_adapter, output, MixLoraConfig(r=2, num_factors=4))
-    assert "checkpoint-2" in said and next(iter(other)) in said and "--output_dir" in said
+def test_list_that_names_what_is_no_file_inside_is_damaged(output, line):
+    folder = output / "checkpoint-10"
+    change_list(folder, lambda lines: [line, *lines])
+    said = message(checkpoint.verify, folder)
+    assert f"{folder / checkpoint.CHECKSUMS} is damaged: its line 1" in said
+    assert checkpoint.newest_whole(output).name == "checkpoint-2"
 
 
-def test_checkpoint_of_the_same_shapes_passes_and_one_of_another_method_does_not(output):
-    wanted = MixLoraConfig(r=2, num_factors=4, lora_alpha=1)
-    MixLoraConfig(r=2, num_factors=4).save_pretrained(output / "checkpoint-2")
-    checkpoint.check_same_adapter(output, wanted)
-    (output / "checkpoint-10" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "checkpoint-10" in message(checkpoint.check_same_adapter, output, wanted)
+@pytest.mark.parametrize("name", [*checkpoint.NEEDED, "optimizer.pt"])
+def test_list_without_a_needed_file_is_damaged(output, name):
+    folder = output / "checkpoint-10"
+    change_list(folder, lambda lines: [line for line in lines if not line.endswith(f"  {name}")])
+    assert f"does not list {name}" in message(checkpoint.verify, folder)
+    if name != "optimizer.pt":
+        (folder / name).unlink()
+        assert f"does not list {name}" in message(checkpoint.verify, folder)
+
+
+def test_empty_list_is_damaged(output):
+    change_list(output / "checkpoint-10", lambda lines: [])
+    assert "does not list" in message(checkpoint.verify, output / "checkpoint-10")
+
+
+def test_state_that_the_run_had_is_needed_when_file_and_line_are_gone(tmp_path):
+    folder = write(tmp_path, "checkpoint-3")
+    (folder / checkpoint.RUN).write_text(json.dumps({"files": ["optimizer.pt"]}))
+    folder = checkpoint.publish(tmp_path, "checkpoint-3")
+    checkpoint.verify(folder)
+    (folder / "optimizer.pt").unlink()
+    change_list(folder, lambda lines: [line for line in lines if not line.endswith("optimizer.pt")])
+    assert "does not list optimizer.pt" in message(checkpoint.verify, folder)
+    (folder / checkpoint.CHECKSUMS).unlink()
+    assert "checksums.sha256 is missing" in message(checkpoint.verify, folder)
+
+
+@pytest.mark.parametrize("kind", ["link", "link of its folder", "pipe", "folder"])
+def test_what_is_no_regular_file_inside_is_damaged_and_does_not_hang(output, tmp_path_factory, kind):
+    folder, elsewhere = output / "checkpoint-10", tmp_path_factory.mktemp("elsewhere")
+    file = folder / "optimizer.pt"
+    if kind == "link of its folder":
+        file = folder / "global_step"
+    file.rename(elsewhere / "same")
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(elsewhere / "same")
+    said = message(checkpoint.verify, folder)
+    assert str(file) in said and "damaged" in said
+
+
+def test_list_that_is_a_pipe_or_a_dangling_link_is_damaged(output, tmp_path):
+    for make in (os.mkfifo, lambda place: place.symlink_to(tmp_path / "gone")):
+        (output / "checkpoint-10" / checkpoint.CHECKSUMS).unlink()
+        make(output / "checkpoint-10" / checkpoint.CHECKSUMS)
+        assert "no regular file" in message(checkpoint.verify, output / "checkpoint-10")
