@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +29,11 @@ def is_failed_write(error: BaseException) -> bool:
 
 def reason_of(error: BaseException) -> str:
     """Why a write failed, in a few words."""
-    if getattr(error, "errno", None) in FULL or "No space left" in str(error):
+    in_rust = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
+    if number in FULL or "No space left" in str(error):
         return "the disk is full"
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

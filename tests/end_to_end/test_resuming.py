@@ -13,7 +13,7 @@ from llava_mixlora.training import checkpoint
 from .test_checkpoints import newest, wait_for
 from .training import ALONE, environment
 
-STEPS = 60
+STEPS = 3000  # more than it will make until it is interrupted
 FLAGS = [
     *("--mixlora_enable=True", "--mixlora_num_factors=4", "--per_device_train_batch_size=1"),
     *(

@@ -42,8 +42,13 @@ def test_picture_is_drawn(adapter, tmp_path, capsys):
 
 @pytest.mark.parametrize(("pairing", "panels"), [("rank", ["pool A", "pool B"]), ("same", ["pools A and B alike"])])
 def test_a_panel_is_drawn_for_each_choice_of_factors(write, pairing, panels, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **options: drawn.extend(figure.axes))
+    drawn, save = [], Figure.savefig
+
+    def look_and_save(figure, *arguments, **options):
+        drawn.extend(figure.axes)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", look_and_save)
     plot(write(pairing=pairing), tmp_path / "usage.png")
     assert [axis.get_title() for axis in drawn if axis.images] == panels
     assert all(axis.images[0].get_array().shape == (14, 6) for axis in drawn if axis.images)

@@ -8,7 +8,8 @@ import torch
 from torch import distributed, multiprocessing
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from llava_mixlora.training.termination import SaveOnTermination
+from llava_mixlora.training import termination
+from llava_mixlora.training.termination import SaveOnTermination, interruptible
 
 
 @pytest.fixture
@@ -76,3 +77,54 @@ def _one_of_two(rank, place):
     callback.on_step_end(*arguments, control)
     assert control.should_save
     distributed.destroy_process_group()
+
+
+def test_ctrl_c_saves_at_the_end_of_the_step_and_says_what_is_kept(running, capfd):
+    callback, arguments = running
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)  # the same one, passed on by a launcher too
+    assert "Ctrl-C again ends at once" in capfd.readouterr().out
+    control = TrainerControl()
+    callback.on_step_end(*arguments, control)
+    assert control.should_save
+    with pytest.raises(KeyboardInterrupt, match="saved step 0 in .*; the same command goes on from it"):
+        callback.on_save(*arguments, control)
+
+
+def test_second_ctrl_c_ends_at_once(running, monkeypatch):
+    monkeypatch.setattr(termination, "ONE_PRESS", 0.0)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupted_train_tells_the_newest_checkpoint(tmp_path):
+    with pytest.raises(KeyboardInterrupt, match="nothing was saved yet"), interruptible(str(tmp_path)):
+        os.kill(os.getpid(), signal.SIGINT)
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-7 is kept; the same command"), interruptible(str(tmp_path)):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_waits_for_a_result_that_is_being_written(tmp_path):
+    written, usual = tmp_path / "result", signal.getsignal(signal.SIGINT)
+    callback, arguments = SaveOnTermination(), (TrainingArguments(str(tmp_path), use_cpu=True), TrainerState())
+    said = "training had ended, and .* holds its result"
+    with pytest.raises(KeyboardInterrupt, match=said), interruptible(str(tmp_path)):
+        callback.on_train_begin(*arguments, TrainerControl())
+        callback.on_train_end(*arguments, TrainerControl())
+        os.kill(os.getpid(), signal.SIGINT)
+        written.touch()
+    assert written.exists() and signal.getsignal(signal.SIGINT) is usual
+
+
+def test_ignored_ctrl_c_stays_ignored(tmp_path):
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        callback = SaveOnTermination()
+        arguments = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
+        callback.on_train_begin(*arguments)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        callback.on_train_end(*arguments)
+    finally:
+        signal.signal(signal.SIGINT, usual)
