@@ -46,7 +46,7 @@ def test_answers_of_every_turn_are_learnt(load, patched, monkeypatch, config, le
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     tokenizer = load(config, legacy)
     labels = train.preprocess_v1([turns], tokenizer, has_image=image)["labels"][0]
-    learnt = tokenizer.decode(labels[labels >= 0]).replace(" ", "")
+    learnt = tokenizer.decode(labels[labels >= 0]).replace(" ", "").replace(":", "")  # which ends a role's name
     assert learnt == "".join(f"{answer}</s>" for answer in ANSWERS).replace(" ", "")
 
 
