@@ -465,7 +465,8 @@ PATCHES = (
     Patch(
         "llava.train.train:train",
         kind=FAULT,
-        why="bad input should be named before the model is loaded, and flash attention may not be installed",
+        why="bad input should be named before the model is loaded, two runs in one output folder undo each other, and "
+        "flash attention may not be installed",
         replace=_train_checked,
         parameters=("attn_implementation",),
     ),
