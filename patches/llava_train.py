@@ -16,6 +16,7 @@ import torch
 from transformers import HfArgumentParser, PretrainedConfig, set_seed
 
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL, is_mixlora_adapter
+from llava_mixlora.adapters.config_file import absolute, config_of
 from llava_mixlora.attention import available_attention
 from llava_mixlora.data.check import DataCheck
 from llava_mixlora.data.images import open_image
@@ -23,9 +24,11 @@ from llava_mixlora.errors import MixLoraError
 from llava_mixlora.folder_lock import locked
 from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
+from llava_mixlora.training.base_flags import flags_of_the_base
 from llava_mixlora.training.continuing import continued_config, continued_tasks, words_of_adapter
 from llava_mixlora.training.first_process import decided_by_first
-from llava_mixlora.training.given_flags import given_flags
+from llava_mixlora.training.given_flags import given_flags, trains_adapter
+from llava_mixlora.training.known_flags import read_flags
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
 from llava_mixlora.training.resuming import Run, check_resuming, describe_run, finished, is_written
@@ -33,6 +36,7 @@ from llava_mixlora.training.run_data import agree
 from llava_mixlora.training.task_labels import LABEL, TaskLabels, task_names
 from llava_mixlora.training.termination import interruptible
 from llava_mixlora.training.turns import counts_turns_alone
+from llava_mixlora.training.unusable_flags import check_usable
 
 from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
@@ -226,18 +230,31 @@ class NothingToTrain(Exception):
 
 @dataclass
 class RunningTrain:
-    """One call of train(): its data once checked, the flags that it has parsed so far, the tasks where they count.
+    """One call of train(): what is known of it so far.
 
-    `run`: what its checkpoints tell of it; known in the first process of a run that trains an adapter.
+    Args:
+        data: its data, once read and checked.
+        arguments: its flags, once they are parsed.
+        tasks: those of its data, where they count.
+        run: what its checkpoints tell of it, in the first process of a run that trains an adapter.
+        vision_tower: the tower that it trains with, by whatever name the base has for it.
+        grown_tokenizer: its tokenizer, once it has tokens that the base's has not.
     """
 
     data: DataCheck | None = None
     arguments: MixLoraArguments | None = None
     tasks: list[str] | None = None
     run: Run | None = None
+    vision_tower: str | None = None
+    grown_tokenizer: Any = None
 
 
 _running_train: ContextVar[RunningTrain | None] = ContextVar("the train() that is running", default=None)
+
+
+def running_train() -> RunningTrain | None:
+    """The train() that is running; None outside of one."""
+    return _running_train.get()
 
 
 def running_arguments() -> MixLoraArguments | None:
@@ -313,9 +330,12 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
         running = RunningTrain()
         argv, token = sys.argv, _running_train.set(running)
         try:
+            # All that reads flags, here and upstream, reads them there.
             sys.argv = [*argv, *words_of_adapter(argv[1:])]
+            sys.argv = [*sys.argv, *_words_of_the_base(sys.argv)]
             running.data = check_training_inputs(sys.argv[1:])
-            output_dir = given_flags(sys.argv[1:]).get("output_dir")
+            flags = given_flags(sys.argv[1:])
+            running.vision_tower, output_dir = flags.get("vision_tower"), flags.get("output_dir")
             lock = nullcontext() if output_dir is None else locked(output_dir, "--output_dir")
             with lock, interruptible(output_dir):
                 original(attn_implementation=available_attention(attn_implementation))
@@ -334,6 +354,23 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
 _ERROR_OF_A_WORKER = f"{MixLoraError.__module__}.{MixLoraError.__qualname__}: "
 
 
+def _words_of_the_base(argv: list[str]) -> list[str]:
+    """The flags, with their values, that the base decides and the user left out, of a run that trains an adapter.
+
+    Raises:
+        MixLoraError: there is no such flag, or it contradicts the base or makes no usable result.
+    """
+    from llava import conversation
+    from llava.train import train as upstream
+
+    given, defaults = read_flags((upstream.ModelArguments, upstream.DataArguments, upstream.TrainingArguments), argv)
+    if not trains_adapter(given_flags(argv[1:])):
+        return []
+    check_usable(given, defaults, conversation.conv_templates)
+    added = flags_of_the_base(given, defaults)
+    return [word for flag, value in added.items() for word in (f"--{flag}", str(value))]
+
+
 def _class_of_the_model(original: type) -> type:
     class LlavaLlamaForCausalLM(original):
         @classmethod
@@ -342,9 +379,18 @@ def _class_of_the_model(original: type) -> type:
 
             flags = running_arguments()
             wants_mistral = flags is not None and flags.mixlora_enable and _is_mistral(path, kwargs.get("cache_dir"))
+            kwargs |= _tower_of_the_run(path, kwargs.get("cache_dir"))
             return (LlavaMistralForCausalLM if wants_mistral else original).from_pretrained(path, *args, **kwargs)
 
     return LlavaLlamaForCausalLM
+
+
+def _tower_of_the_run(path: str, cache_dir: str | None) -> dict[str, str]:
+    # As it is, a LLaVA trains with the tower that its own config.json names, and the flag's is loaded afterwards.
+    running = running_train()
+    tower = running.vision_tower if running is not None and trains_adapter(given_flags(sys.argv[1:])) else None
+    named = (config_of(path, cache_dir) or {}).get("mm_vision_tower") if tower else None
+    return {"mm_vision_tower": tower} if named is not None else {}
 
 
 def _is_mistral(path: str, cache_dir: str | None) -> bool:
@@ -356,12 +402,16 @@ def _adapter_by_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
         flags = running_arguments()
-        if flags is None or not flags.mixlora_enable:
+        if flags is None:
             return original(model, peft_config, *args, **kwargs)
-        peft_config = flags.mixlora_config(sorted(peft_config.target_modules))
-        peft_config.training_record = training_record(_running_train.get().data, flags)
+        if flags.mixlora_enable:
+            peft_config = flags.mixlora_config(sorted(peft_config.target_modules))
+            peft_config.training_record = training_record(_running_train.get().data, flags)
         adapted = original(model, peft_config, *args, **kwargs)
-        if flags.bits in (4, 8) and flags.bf16:
+        # The adapter names its base, and is loaded in other working directories.
+        if base := peft_config.base_model_name_or_path:
+            peft_config.base_model_name_or_path = absolute(base)
+        if flags.mixlora_enable and flags.bits in (4, 8) and flags.bf16:
             _store_adapter_in_bfloat16(adapted)
         return adapted
 

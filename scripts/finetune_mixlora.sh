@@ -15,7 +15,8 @@
 # Environment:
 #   MODEL         language model or LLaVA to start from, such as lmsys/vicuna-7b-v1.5 or liuhaotian/llava-v1.5-7b
 #   DATA_PATH     training data in LLaVA's JSON format               IMAGE_FOLDER  where its images lie
-#   VISION_TOWER  default openai/clip-vit-large-patch14-336          MM_PROJECTOR  pretrained mm_projector.bin
+#   VISION_TOWER  default: what MODEL names; for a language model,   MM_PROJECTOR  pretrained mm_projector.bin
+#                 openai/clip-vit-large-patch14-336
 #   OUTPUT_DIR    where the adapter goes                             GPUS          how many (default: all)
 #   DEEPSPEED_CONFIG  scripts/zero2.json (default); scripts/zero3.json spreads the base model over the GPUs as well,
 #                     scripts/zero3_offload.json keeps it and the optimizer in the memory of the machine
@@ -96,9 +97,6 @@ arguments=(
     --lora_r "$rank" --lora_alpha $((2 * factors)) --lora_dropout 0.05
     --model_name_or_path "$MODEL" --version v1
     --data_path "$DATA_PATH" --image_folder "$IMAGE_FOLDER"
-    --vision_tower "${VISION_TOWER:-openai/clip-vit-large-patch14-336}"
-    --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
-    --mm_use_im_start_end False --mm_use_im_patch_token False
     --output_dir "$output"
     --num_train_epochs 3 --per_device_train_batch_size 16 --gradient_accumulation_steps 2
     --learning_rate 4e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
@@ -106,6 +104,8 @@ arguments=(
     --logging_steps 1 --report_to none
     --model_max_length 1792 --gradient_checkpointing True --lazy_preprocess True --dataloader_num_workers 4
 )
+# What a LLaVA was trained with (tower, projector, layer, tokens) it says itself; a language model becomes a LLaVA 1.5.
+[[ -n "${VISION_TOWER:-}" ]] && arguments+=(--vision_tower "$VISION_TOWER")
 [[ -n "${MM_PROJECTOR:-}" ]] && arguments+=(--pretrain_mm_mlp_adapter "$MM_PROJECTOR")
 
 if has_gpu; then

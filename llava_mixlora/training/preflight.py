@@ -69,14 +69,19 @@ def check_quantization(flags: Mapping[str, str]) -> None:
         raise MixLoraError(
             f"--bits {bits} needs bitsandbytes, which is not installed: pip install 'llava-mixlora[qlora]'"
         )
-    if deepspeed and _zero_stage(deepspeed) == 3:
+    if deepspeed and zero_stage(deepspeed) == 3:
         raise MixLoraError(
             f"--bits {bits} with --deepspeed {deepspeed}: ZeRO-3 cannot partition quantized weights; "
             f"expected a configuration of ZeRO stage 2, such as {shipped('zero2.json')}, or --bits 16"
         )
 
 
-def _zero_stage(deepspeed_config: str) -> Any:
+def zero_stage(deepspeed_config: str) -> Any:
+    """The stage of ZeRO that a file of DeepSpeed's settings asks for; None where it asks for none.
+
+    Raises:
+        MixLoraError: there is no such file, or it is not JSON.
+    """
     if not Path(deepspeed_config).is_file():
         raise MixLoraError(
             f"--deepspeed {deepspeed_config}: no such file; expected a JSON file like {shipped('zero2.json')}"
