@@ -5,17 +5,25 @@ And models that load where flash attention is asked for and cannot be had.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
+
 from llava_mixlora.adapters.adapter_folder import (
+    INPUT_EMBEDDINGS,
     base_model_of,
     check_adapter,
     is_mixlora_adapter,
     read_non_lora_trainables,
 )
+from llava_mixlora.adapters.base_record import check_base
+from llava_mixlora.adapters.config_file import config_of
 from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.errors import MixLoraError
 
@@ -30,19 +38,59 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     def load_pretrained_model(
         model_path: str, model_base: str | None, model_name: str, *args: Any, keep_adapter: bool = False, **kwargs: Any
     ) -> Loaded:
-        if not is_mixlora_adapter(model_path) and not keep_adapter:
+        is_mixlora = is_mixlora_adapter(model_path)
+        if not is_mixlora and not keep_adapter and not (model_base and _is_adapter(model_path)):
             return original(model_path, model_base, model_name, *args, **kwargs)
         base = base_model_of(model_path, model_base)
-        check_adapter(model_path)
+        check_base(model_path, base)
         trained_beside = read_non_lora_trainables(model_path)
+        has_more_tokens = INPUT_EMBEDDINGS in trained_beside
+        if not is_mixlora and not keep_adapter and not has_more_tokens:
+            return original(model_path, base, model_name, *args, **kwargs)
+        check_adapter(model_path)
         config = _llava_config(model_path)
         # Upstream loads the base as a complete LLaVA, with the configuration that training wrote (a bare Vicuna does
         # not know of a vision tower); then come the projector and the adapter. Its own LoRA branch would merge.
         name = "llava-mistral" if config.model_type == "llava_mistral" else "llava"  # chooses the class
-        loaded = original(base, None, name, *args, **{**kwargs, "config": config})
+        load = _with_more_tokens(original, model_path, trained_beside) if has_more_tokens else original
+        loaded = load(base, None, name, *args, **{**kwargs, "config": config})
         tokenizer, model, image_processor, context_length = loaded
         model.load_state_dict(trained_beside, strict=False)
-        return tokenizer, _with_adapter(model, model_path), image_processor, context_length
+        adapted = _with_adapter(model, model_path)
+        if not is_mixlora and not keep_adapter:
+            adapted = adapted.merge_and_unload()
+        return tokenizer, adapted, image_processor, context_length
+
+    return load_pretrained_model
+
+
+def _is_adapter(model_path: str) -> bool:
+    return (Path(model_path) / CONFIG_NAME).is_file()
+
+
+def _with_more_tokens(
+    original: Callable[..., Loaded], model_path: str, trained_beside: dict[str, Any]
+) -> Callable[..., Loaded]:
+    """Load a base that has fewer tokens than its adapter's configuration says, and make room for the rest."""
+
+    def load_pretrained_model(base: str, *args: Any, config: Any, **kwargs: Any) -> Loaded:
+        from transformers import AutoTokenizer
+
+        of_adapter, of_base = copy.deepcopy(config), config_of(base) or {}
+        config.vocab_size = of_base.get("vocab_size", config.vocab_size)
+        config.pad_token_id = of_base.get("pad_token_id")  # Trainer names one of the new tokens there
+        config.mm_use_im_patch_token = config.mm_use_im_start_end = False  # upstream would number these tokens anew
+        base_tokenizer, model, image_processor, context_length = original(base, *args, config=config, **kwargs)
+        # All rows are about to be loaded, so none needs the mean of the others, which takes a minute at 7B.
+        takes_mean = "mean_resizing" in inspect.signature(model.resize_token_embeddings).parameters
+        options = {"mean_resizing": False} if takes_mean else {}
+        model.resize_token_embeddings(len(trained_beside[INPUT_EMBEDDINGS]), **options)
+        for name in ("pad_token_id", "mm_use_im_patch_token", "mm_use_im_start_end"):
+            setattr(model.config, name, getattr(of_adapter, name, None))
+        is_fast = of_adapter.model_type == "llava_mistral"  # as upstream chooses
+        tokenizer = AutoTokenizer.from_pretrained(model_path, use_fast=is_fast)
+        tokenizer.padding_side = base_tokenizer.padding_side
+        return tokenizer, model, image_processor, context_length
 
     return load_pretrained_model
 
@@ -65,7 +113,8 @@ def _with_adapter(model: Any, model_path: str) -> Any:
     config = PeftConfig.from_pretrained(model_path)
     if not is_mixlora_adapter(model_path) and not isinstance(config.target_modules, str):
         # In upstream's LoRA runs the tower is loaded after the adapter. PEFT 0.13 knows no exclude_modules.
-        config.target_modules = rf"(?!{NOT_THE_LANGUAGE_MODEL}).*\.({'|'.join(sorted(config.target_modules))})"
+        names = "|".join(map(re.escape, sorted(config.target_modules)))  # the last parts of them, or all
+        config.target_modules = rf"(?!{NOT_THE_LANGUAGE_MODEL})(.*\.)?({names})"
     return PeftModel.from_pretrained(model, model_path, config=config).eval()
 
 

@@ -194,12 +194,12 @@ def _load_projector_too(original: Callable[..., None]) -> Callable[..., None]:
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         original(self, resume_from_checkpoint, model)
         if isinstance(self.model, PeftModel):
-            _load_projector(self.model, resume_from_checkpoint)
+            _load_beside(self.model.get_base_model(), Path(resume_from_checkpoint))
 
     return _load_from_checkpoint
 
 
-def _load_projector_of_best_too(original: Callable[..., None]) -> Callable[..., None]:
+def _load_beside_the_best_too(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def _load_best_model(self: Any) -> None:
         original(self)
@@ -207,7 +207,7 @@ def _load_projector_of_best_too(original: Callable[..., None]) -> Callable[..., 
             return
         best = Path(self.state.best_model_checkpoint)
         if not self.is_deepspeed_enabled:  # which has loaded all that was trained
-            _load_projector(self.model, best)
+            _load_beside(self.model.get_base_model(), best)
         if self.is_world_process_zero():
             told = f"{self.args.metric_for_best_model} {self.state.best_metric:.4g}"
             print(f"the best checkpoint, {best.name} ({told}), becomes the output of this run", flush=True)
@@ -215,13 +215,20 @@ def _load_projector_of_best_too(original: Callable[..., None]) -> Callable[..., 
     return _load_best_model
 
 
-def _load_projector(model: PeftModel, folder: str | Path) -> None:
-    unknown = model.get_base_model().load_state_dict(read_non_lora_trainables(folder), strict=False).unexpected_keys
-    if unknown:
-        raise MixLoraError(
-            f"{Path(folder) / NON_LORA_TRAINABLES} holds {unknown[0]!r}, which this model does not have; go on with "
-            "the flags of the run that wrote it, or choose another --output_dir"
-        )
+def _load_beside(model: Any, checkpoint: Path) -> None:
+    ours = {name: parameter.shape for name, parameter in model.named_parameters()}
+    beside = {}
+    for name, tensor in read_non_lora_trainables(checkpoint).items():
+        layer, _, leaf = name.rpartition(".")
+        place = name if name in ours else f"{layer}.base_layer.{leaf}"  # of an adapted layer's bias
+        if ours.get(place) != tensor.shape:
+            here = f"is {list(ours[place])} here" if place in ours else "this model does not have"
+            raise MixLoraError(
+                f"{checkpoint / NON_LORA_TRAINABLES} holds {name!r} of shape {list(tensor.shape)}, which {here}; go on "
+                "with the flags of the run that wrote it, or choose another --output_dir"
+            )
+        beside[place] = tensor
+    model.load_state_dict(beside, strict=False)
 
 
 def _stop_where_it_stopped(original: Callable[..., None]) -> Callable[..., None]:
@@ -284,7 +291,7 @@ PATCHES = (
         "llava.train.llava_trainer:LLaVATrainer._load_best_model",
         kind=FAULT,
         why="Trainer loads the adapter alone, so the best adapter would be saved with the last projector",
-        replace=_load_projector_of_best_too,
+        replace=_load_beside_the_best_too,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._run_epoch",

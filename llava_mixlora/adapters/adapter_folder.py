@@ -18,8 +18,22 @@ from ..method.registration import MIXLORA
 from ..method.tensor_names import PEFT_PREFIX
 
 NON_LORA_TRAINABLES = "non_lora_trainables.bin"
-"""File in which LLaVA saves what was trained beside the adapter: the projector (`llava.train.train.train`)."""
+"""File in which LLaVA saves what was trained beside the adapter: the projector (`llava.train.train.train`).
 
+And what else its base lacks: the embeddings and the head, where training has given the vocabulary further tokens.
+"""
+INPUT_EMBEDDINGS = "model.embed_tokens.weight"
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 NOT_THE_LANGUAGE_MODEL = r".*(mm_projector|vision_tower|vision_resampler).*"
 """The modules of a LLaVA that no adapter touches, as a regular expression (`llava.train.train.find_all_linear_names`).
@@ -109,4 +123,5 @@ def read_non_lora_trainables(folder: str | Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise MixLoraError(f"{file} is damaged ({reason}); copy it again or train again") from error
     # LLaVA saves the names of the model inside its PeftModel: base_model.model.model.mm_projector...
-    return {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    bare = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in bare.items()}  # biases of adapted layers

@@ -19,7 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..adapters.adapter_folder import NON_LORA_TRAINABLES, base_model_of, read_non_lora_trainables
+from ..adapters.adapter_folder import (
+    INPUT_EMBEDDINGS,
+    NON_LORA_TRAINABLES,
+    TOKENIZER_FILES,
+    base_model_of,
+    read_non_lora_trainables,
+)
+from ..adapters.base_record import BASE_RECORD, check_base
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
 from ..adapters.stored_weights import StoredWeights, weight_files
 from ..errors import MixLoraError
@@ -35,17 +42,6 @@ from .static_adapter import SavedAdapter, StaticUpdates
 FLAG = "--save-model-path"
 SHARD_SIZE = 2 << 30  # bytes
 BESIDE_THE_WEIGHTS = 64 << 20  # bytes: tokenizer, configuration and report, generously
-TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +195,7 @@ def check_merge(adapter: SavedAdapter, model_base: str | None, output: Path, cop
     stored = StoredWeights(base)
     for name, layer in adapter.items():
         _check_fits(f"{name}.weight", [layer.factors_B.shape[1], layer.factors_A.shape[1]], stored, base)
+    check_base(adapter.folder, str(base))
     beside = adapter.folder / NON_LORA_TRAINABLES
     size = beside.stat().st_size if beside.is_file() else 0
     size += sum(file.stat().st_size for file in weight_files(base)) if copies_base else 0
@@ -221,9 +218,10 @@ def write_merged(adapter: SavedAdapter, base: Path, updates: StaticUpdates, fold
     contents = read_json(config if config.is_file() else base / "config.json")
     contents.pop("quantization_config", None)  # of a run with --bits 4; what is written here is not quantized
     (folder / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    tokenizer = adapter.folder if INPUT_EMBEDDINGS in added else base  # with more tokens than the base's, or the base's
     for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
     _write_shards(_merged_tensors(stored, updates, {**replaced, **added}), folder)
 
 
@@ -247,7 +245,8 @@ def write_lora(adapter: SavedAdapter, base: str, updates: StaticUpdates, folder:
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    for name in ("config.json", NON_LORA_TRAINABLES):
+    grown = TOKENIZER_FILES if INPUT_EMBEDDINGS in read_non_lora_trainables(adapter.folder) else ()
+    for name in ("config.json", NON_LORA_TRAINABLES, BASE_RECORD, *grown):
         if (adapter.folder / name).is_file():
             shutil.copyfile(adapter.folder / name, folder / name)
 

@@ -51,10 +51,10 @@ def write_inputs(place, llava, clip_folder, tokenizer_folder, answers):
     return [f"--{name}={value}" for name, value in flags.items()]
 
 
-def train(launcher, inputs, output, *flags):
+def train(launcher, inputs, output, *flags, cwd=None):
     """Run it to its end; returns the adapter's tensors."""
     words = [*launcher, *inputs, "--output_dir", str(output), *flags]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return load_file(output / "adapter_model.safetensors")
 

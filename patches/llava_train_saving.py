@@ -1,0 +1,112 @@
+"""`llava.train.train`: an adapter's folder that holds all that loading it takes, for plain LoRA as for MixLoRA.
+
+Its final output and its checkpoints are written through these functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llava_mixlora.adapters.base_record import record_base
+from llava_mixlora.training.saved_tensors import beside_the_adapter, with_the_adapter
+
+from .llava_train import running_train
+from .patch import FAULT, Patch
+
+State = dict[str, Any]
+
+
+def _save_biases(original: Callable[..., State]) -> Callable[..., State]:
+    @functools.wraps(original)
+    def get_peft_state_maybe_zero_3(named_params: Any, bias: str) -> State:
+        # Of these upstream takes all.
+        return original(with_the_adapter(named_params, bias), "all")
+
+    return get_peft_state_maybe_zero_3
+
+
+def _save_what_the_base_lacks(original: Callable[..., State]) -> Callable[..., State]:
+    @functools.wraps(original)
+    def get_peft_state_non_lora_maybe_zero_3(named_params: Any, require_grad_only: bool = True) -> State:
+        running = running_train()
+        if not require_grad_only or running is None:
+            return original(named_params, require_grad_only)
+        return original(beside_the_adapter(named_params, running.grown_tokenizer is not None), False)
+
+    return get_peft_state_non_lora_maybe_zero_3
+
+
+def _notice_new_tokens(place: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a function whose argument `tokenizer` is its `place`-th, if not given by name."""
+
+    def replace(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def add_tokens(*args: Any, **kwargs: Any) -> None:
+            tokenizer = kwargs["tokenizer"] if "tokenizer" in kwargs else args[place]
+            before = len(tokenizer)
+            original(*args, **kwargs)
+            running = running_train()
+            if running is not None and len(tokenizer) > before:
+                running.grown_tokenizer = tokenizer
+
+        return add_tokens
+
+    return replace
+
+
+def _save_what_loading_takes(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, save_directory, *args, **kwargs)
+        running = running_train()
+        if running is None:
+            return
+        base, flags = self.active_peft_config.base_model_name_or_path, running.arguments
+        if base:
+            record_base(save_directory, base, flags and flags.cache_dir)
+        if running.grown_tokenizer is not None:
+            running.grown_tokenizer.save_pretrained(Path(save_directory))
+
+    return save_pretrained
+
+
+PATCHES = (
+    Patch(
+        "llava.train.train:get_peft_state_maybe_zero_3",
+        kind=FAULT,
+        why="--lora_bias lora_only ends in a traceback when it saves, and all saves biases of the tower too (#1498)",
+        replace=_save_biases,
+        parameters=("named_params", "bias"),
+    ),
+    Patch(
+        "llava.train.train:get_peft_state_non_lora_maybe_zero_3",
+        kind=FAULT,
+        why="it leaves out what was not trained and is not in the base: rows for new tokens (#470), a frozen projector",
+        replace=_save_what_the_base_lacks,
+        parameters=("named_params", "require_grad_only"),
+    ),
+    Patch(
+        "llava.train.train:smart_tokenizer_and_embedding_resize",
+        kind=FAULT,
+        why="--version v0 gives the vocabulary a token, whose row has to be saved",
+        replace=_notice_new_tokens(1),
+        parameters=("tokenizer",),
+    ),
+    Patch(
+        "llava.model.llava_arch:LlavaMetaForCausalLM.initialize_vision_tokenizer",
+        kind=FAULT,
+        why="--mm_use_im_start_end and --mm_use_im_patch_token give the vocabulary tokens, whose rows have to be saved",
+        replace=_notice_new_tokens(2),
+        parameters=("tokenizer",),
+    ),
+    Patch(
+        "peft:PeftModel.save_pretrained",
+        kind=FAULT,
+        why="an adapter names its base by a name alone, under which another model may lie, and lacks new tokens",
+        replace=_save_what_loading_takes,
+        parameters=("save_directory",),
+    ),
+)
