@@ -18,7 +18,6 @@ from transformers import HfArgumentParser, PretrainedConfig, set_seed
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL, is_mixlora_adapter
 from llava_mixlora.adapters.config_file import absolute, config_of
 from llava_mixlora.attention import available_attention
-from llava_mixlora.data.check import DataCheck
 from llava_mixlora.data.images import open_image
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.folder_lock import locked
@@ -32,7 +31,7 @@ from llava_mixlora.training.known_flags import read_flags
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
 from llava_mixlora.training.resuming import Run, check_resuming, describe_run, finished, is_written
-from llava_mixlora.training.run_data import agree
+from llava_mixlora.training.run_data import RunData, agree
 from llava_mixlora.training.task_labels import LABEL, TaskLabels, task_names
 from llava_mixlora.training.termination import interruptible
 from llava_mixlora.training.turns import counts_turns_alone
@@ -195,7 +194,7 @@ class MixLoraArguments:
         """Describe the run, compare it with the one that wrote its checkpoints; whether its result is there already."""
         if running.data is None:
             return False
-        running.run = describe_run(_all_flags(), running.data.samples, self.world_size * max(1, self.n_gpu))
+        running.run = describe_run(_all_flags(), running.data.training.samples, self.world_size * max(1, self.n_gpu))
         adapter = self.mixlora_config() if self.mixlora_enable else None
         for note in check_resuming(self.output_dir, running.run, adapter):
             print(note, flush=True)
@@ -219,7 +218,7 @@ class MixLoraArguments:
             )
         running = _running_train.get()
         if running is not None and running.data is not None:
-            running.tasks = task_names(running.data.samples, running.data.path)
+            running.tasks = task_names(running.data.training.samples, running.data.training.path)
             if self.mixlora_init_from is not None and is_mixlora_adapter(self.mixlora_init_from):
                 running.tasks = continued_tasks(self.mixlora_init_from, running.tasks)
 
@@ -241,7 +240,7 @@ class RunningTrain:
         grown_tokenizer: its tokenizer, once it has tokens that the base's has not.
     """
 
-    data: DataCheck | None = None
+    data: RunData | None = None
     arguments: MixLoraArguments | None = None
     tasks: list[str] | None = None
     run: Run | None = None
@@ -332,7 +331,7 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
         try:
             # All that reads flags, here and upstream, reads them there.
             sys.argv = [*argv, *words_of_adapter(argv[1:])]
-            sys.argv = [*sys.argv, *_words_of_the_base(sys.argv)]
+            sys.argv = [*sys.argv, *_words_of_the_base(sys.argv[1:])]
             running.data = check_training_inputs(sys.argv[1:])
             flags = given_flags(sys.argv[1:])
             running.vision_tower, output_dir = flags.get("vision_tower"), flags.get("output_dir")
@@ -354,7 +353,7 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
 _ERROR_OF_A_WORKER = f"{MixLoraError.__module__}.{MixLoraError.__qualname__}: "
 
 
-def _words_of_the_base(argv: list[str]) -> list[str]:
+def _words_of_the_base(words: list[str]) -> list[str]:
     """The flags, with their values, that the base decides and the user left out, of a run that trains an adapter.
 
     Raises:
@@ -363,8 +362,8 @@ def _words_of_the_base(argv: list[str]) -> list[str]:
     from llava import conversation
     from llava.train import train as upstream
 
-    given, defaults = read_flags((upstream.ModelArguments, upstream.DataArguments, upstream.TrainingArguments), argv)
-    if not trains_adapter(given_flags(argv[1:])):
+    given, defaults = read_flags((upstream.ModelArguments, upstream.DataArguments, upstream.TrainingArguments), words)
+    if not trains_adapter(given_flags(words)):
         return []
     check_usable(given, defaults, conversation.conv_templates)
     added = flags_of_the_base(given, defaults)
@@ -406,7 +405,7 @@ def _adapter_by_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(model, peft_config, *args, **kwargs)
         if flags.mixlora_enable:
             peft_config = flags.mixlora_config(sorted(peft_config.target_modules))
-            peft_config.training_record = training_record(_running_train.get().data, flags)
+            peft_config.training_record = training_record(_running_train.get().data.training, flags)
         adapted = original(model, peft_config, *args, **kwargs)
         # The adapter names its base, and is loaded in other working directories.
         if base := peft_config.base_model_name_or_path:
@@ -429,9 +428,9 @@ def _store_adapter_in_bfloat16(model: Any) -> None:
 def _take_checked_data(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, data_path: str, tokenizer: Any, data_args: Any) -> None:
-        running = _running_train.get()
-        data = None if running is None else running.data
-        if data is None or data.path != data_path:
+        self.data_path, running = data_path, _running_train.get()
+        data = None if running is None or running.data is None else running.data.of(data_path)
+        if data is None:
             return original(self, data_path, tokenizer, data_args)
         agree(data)
         self.tokenizer, self.list_data_dict, self.data_args = tokenizer, data.samples, data_args
@@ -452,7 +451,7 @@ def _name_the_entry(original: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             number = getattr(self, "entry_numbers", range(len(self)))[i]
             what = str(error) if isinstance(error, MixLoraError) else f"{type(error).__name__}: {error}"
-            raise MixLoraError(f"{self.data_args.data_path}: entry {number}: {' '.join(what.split())}") from error
+            raise MixLoraError(f"{self.data_path}: entry {number}: {' '.join(what.split())}") from error
 
     return __getitem__
 

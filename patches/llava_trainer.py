@@ -65,10 +65,10 @@ def _watch_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _step_watch(trainer: Any) -> StepWatch:
-    config = trainer.model.get_base_model().config
-    tower = trainer.model.get_base_model().get_vision_tower()
+    base = trainer.model.get_base_model()
+    tower = base.get_vision_tower() if hasattr(base, "get_vision_tower") else None  # without --vision_tower, a Llama
     image_tokens = 1 if tower is None else tower.num_patches + (tower.select_feature == "cls_patch")
-    limit = getattr(config, "tokenizer_model_max_length", None) or sys.maxsize
+    limit = getattr(base.config, "tokenizer_model_max_length", None) or sys.maxsize
     return StepWatch(image_tokens, limit, trainer.args.fp16)
 
 

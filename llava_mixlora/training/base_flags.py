@@ -12,13 +12,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig
 
 from ..adapters.config_file import absolute, config_of
+from ..adapters.tower_config import Tower, tower_config
 from ..errors import MixLoraError
 from .preflight import zero_stage
 
@@ -38,17 +38,6 @@ LLAVA_15 = {
 }
 SQUARES = ("square", "pad")
 """The ways to make an image square (`--image_aspect_ratio`), all that upstream's training knows."""
-
-
-class Tower(NamedTuple):
-    """What of a vision tower's configuration decides whether a projector fits its features."""
-
-    hidden_size: int
-    image_size: int
-    patch_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
 
 
 @dataclass(frozen=True)
@@ -85,16 +74,6 @@ def flags_of_the_base(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         added["vision_tower"] = absolute(tower)  # config.json keeps it, and is read in other working directories
     _check_result({**defaults, **given, **added}, base, is_llava)
     return added
-
-
-def image_tokens(tower: str | None, select_feature: str = "patch", cache_dir: str | None = None) -> int | None:
-    """How many positions an image takes of a sequence; None where the tower's configuration cannot be had."""
-    config = _tower_config(tower, cache_dir)
-    return None if config is None else _image_tokens(config, select_feature)
-
-
-def _image_tokens(tower: Tower, select_feature: str) -> int:
-    return (tower.image_size // tower.patch_size) ** 2 + (select_feature == "cls_patch")
 
 
 def _of_a_llava(base: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Says]:
@@ -147,7 +126,7 @@ def _check_contradictions(given: Mapping[str, Any], says: Mapping[str, Says]) ->
 def _check_same_tower(given: Mapping[str, Any], told: Says) -> None:
     """Let a tower have another name than the base has for it, such as that of a copy, but not another form."""
     flag, cache = given["vision_tower"], given.get("cache_dir")
-    wanted, found = _tower_config(told.value, cache), _tower_config(flag, cache)
+    wanted, found = tower_config(told.value, cache), tower_config(flag, cache)
     if wanted is None or found is None or absolute(flag) == absolute(told.value):
         return
     for field in Tower._fields:
@@ -167,7 +146,7 @@ def _check_result(flags: Mapping[str, Any], base: Mapping[str, Any], is_llava: b
     tower = flags.get("vision_tower")
     if not tower:
         return
-    config = _tower_config(tower, flags.get("cache_dir"))
+    config = tower_config(tower, flags.get("cache_dir"))
     projector = flags.get("pretrain_mm_mlp_adapter")
     if projector and Path(projector).is_file():
         _check_projector(flags, base, is_llava, config)
@@ -185,7 +164,7 @@ def _check_result(flags: Mapping[str, Any], base: Mapping[str, Any], is_llava: b
             f"--mm_vision_select_layer {layer}: {tower} has {layers} layers; expected {-layers - 1} to {layers} (LLaVA "
             "1.5: -2)"
         )
-    taken = _image_tokens(config, flags.get("mm_vision_select_feature", "patch"))
+    taken = config.image_tokens(flags.get("mm_vision_select_feature", "patch"))
     if flags["model_max_length"] <= taken:
         raise MixLoraError(
             f"--model_max_length {flags['model_max_length']}: an image alone takes {taken} tokens with {tower}, so "
@@ -221,14 +200,6 @@ def _check_projector(flags: Mapping[str, Any], base: Mapping[str, Any], is_llava
             f"--mm_use_im_start_end True: {file} holds no embeddings of the tokens around images, which LLaVA would "
             "take from it; leave the flag out, or give a projector that was pretrained with it"
         )
-
-
-def _tower_config(tower: str | None, cache_dir: str | None) -> Tower | None:
-    found = config_of(tower, cache_dir)
-    if found is None:
-        return None
-    found = found.get("vision_config", found)  # of a CLIP with its text model, as OpenAI's are stored
-    return Tower(**{name: found.get(name, getattr(CLIPVisionConfig(), name)) for name in Tower._fields})
 
 
 def _projector(file: str) -> dict[str, Tensor]:

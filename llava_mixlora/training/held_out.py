@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
-from ..data.conversations import read_conversations
-from ..data.images import check_images
+from ..data.check import DataCheck
 from ..errors import MixLoraError
 from ..method.model_inputs import IGNORE_INDEX
 from .given_flags import is_true, trains_adapter
@@ -38,11 +37,11 @@ ASKING_FOR_EVALUATION = ("eval_image_folder", "early_stopping_patience", "metric
 
 
 def check_held_out(flags: Mapping[str, str]) -> None:
-    """Check the flags of held-out data, and the data itself, before a model is loaded.
+    """Check the flags of held-out data, before the data is read.
 
     Raises:
-        MixLoraError: the data or an image of it cannot be used, no metric has the name in `--metric_for_best_model`, or
-            flags ask for evaluation without data, or in a run that trains no adapter.
+        MixLoraError: it is the data to train on, or flags ask for evaluation without data, or in a run that trains no
+            adapter.
     """
     data = flags.get("eval_data_path")
     if not trains_adapter(flags):
@@ -59,24 +58,24 @@ def check_held_out(flags: Mapping[str, str]) -> None:
         raise MixLoraError(
             f"--eval_data_path {data} is --data_path too; expected samples that the run does not train on"
         )
-    tasks = sorted({task for task in tasks_of(read_held_out(flags), data) if task is not None})
+
+
+def check_metric(flags: Mapping[str, str], held_out: DataCheck | None) -> None:
+    """Refuse a name in `--metric_for_best_model` that no metric of the held-out data has, or a task that is no name.
+
+    Raises:
+        MixLoraError: with the names that there are.
+    """
+    if held_out is None:
+        return
+    tasks = sorted({task for task in tasks_of(held_out.samples, held_out.path) if task is not None})
     metric = flags.get("metric_for_best_model")
     known = [LOSS, EXACT_MATCH, *(f"{EXACT_MATCH}_{task}" for task in tasks)]
     if metric is not None and metric.removeprefix(PREFIX) not in known:
         shown = ", ".join(PREFIX + name for name in known[:8]) + (", ..." if len(known) > 8 else "")
-        raise MixLoraError(f"--metric_for_best_model {metric}: no such metric of {data}; expected one of {shown}")
-
-
-def read_held_out(flags: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The samples of `--eval_data_path`, read and checked as those of `--data_path`.
-
-    Raises:
-        MixLoraError: they are not LLaVA's conversations, or an image is missing.
-    """
-    samples = read_conversations(flags["eval_data_path"])
-    folder = flags.get("eval_image_folder") or flags.get("image_folder") or ""
-    check_images(samples, flags["eval_data_path"], folder)
-    return samples
+        raise MixLoraError(
+            f"--metric_for_best_model {metric}: no such metric of {held_out.path}; expected one of {shown}"
+        )
 
 
 def tasks_of(samples: Sequence[Mapping[str, Any]], data: str = "the held-out data") -> list[str | None]:

@@ -10,17 +10,16 @@ from typing import Any
 
 from torch.utils.cpp_extension import get_default_build_root
 
-from ..data.check import DataCheck
 from ..errors import MixLoraError
 from ..inputs import check_model_path, check_writable, read_json
 from ..shipped import shipped
 from .continuing import check_is_no_adapter
 from .given_flags import given_flags, is_true, trains_adapter
-from .held_out import check_held_out
-from .run_data import check_run_data
+from .held_out import check_held_out, check_metric
+from .run_data import RunData, check_run_data
 
 
-def check_training_inputs(argv: Sequence[str]) -> DataCheck | None:
+def check_training_inputs(argv: Sequence[str]) -> RunData | None:
     """Check the flags of `llava.train.train`, and the data of a run that trains an adapter; returns what was read.
 
     Raises:
@@ -50,6 +49,7 @@ def check_training_inputs(argv: Sequence[str]) -> DataCheck | None:
     if not (output := flags.get("output_dir")):
         raise MixLoraError("--output_dir is missing; expected the folder that the adapter and its checkpoints go to")
     data = check_run_data(flags)
+    check_metric(flags, data.held_out)
     check_writable(output)
     return data
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer
 
+from ..adapters.tower_config import tower_config
 from ..data.check import MAX_LOST_SHARE, DataCheck, check_data
 from ..data.images import CHECKS, HEADERS, NONE
 from ..data.token_counts import WITHOUT_TEMPLATE, TokenCounter
@@ -19,32 +21,56 @@ from .given_flags import is_true
 UPSTREAM_DEFAULTS = {"version": "v0", "model_max_length": "512", "mm_vision_select_feature": "patch"}
 
 
-def check_run_data(flags: Mapping[str, str]) -> DataCheck:
-    """Read `--data_path` and check it; the first process of each machine looks at images and tokens too.
+@dataclass(frozen=True)
+class RunData:
+    """What was found in `--data_path`, and in `--eval_data_path` where there is one."""
+
+    training: DataCheck
+    held_out: DataCheck | None = None
+
+    def of(self, path: str) -> DataCheck | None:
+        """That of a file of the run; None of another."""
+        return next((found for found in (self.training, self.held_out) if found and found.path == path), None)
+
+
+def check_run_data(flags: Mapping[str, str]) -> RunData:
+    """Read the data of a run and check it; the first process of each machine looks at images and tokens too.
 
     Args:
         flags: as given to `llava.train.train`.
 
     Raises:
-        MixLoraError: the data cannot be read, too much of it teaches nothing, or a flag of the check is wrong.
+        MixLoraError: data cannot be read, too much of it teaches nothing, or a flag of the check is wrong.
     """
+    counter = token_counter(flags) if _looks() else None
+    training = _checked(flags, flags["data_path"], flags.get("image_folder"), counter)
+    check_processes(training.usable, training.path)
+    held_out = None
+    if path := flags.get("eval_data_path"):
+        held_out = _checked(flags, path, flags.get("eval_image_folder") or flags.get("image_folder"), counter)
+    return RunData(training, held_out)
+
+
+def _checked(flags: Mapping[str, str], path: str, image_folder: str | None, counter: TokenCounter | None) -> DataCheck:
     images, share = flags.get("check_images", HEADERS), max_lost_share(flags)
     if images not in CHECKS:
         raise MixLoraError(f"--check_images {images}: expected one of {', '.join(CHECKS)}")
-    looks = os.environ.get("LOCAL_RANK", "0") == "0"
     found = check_data(
-        flags["data_path"],
-        flags.get("image_folder"),
-        images=images if looks else NONE,
+        path,
+        image_folder,
+        images=images if _looks() else NONE,
         padded=flags.get("image_aspect_ratio") == "pad",
-        counter=token_counter(flags) if looks else None,
+        counter=counter,
         keep=True,
     )
     if os.environ.get("RANK", "0") == "0":
         print(found.table(), flush=True)
-    found.refuse_losses(share if looks else 1.0)
-    check_processes(found.usable, found.path)
+    found.refuse_losses(share if _looks() else 1.0)
     return found
+
+
+def _looks() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def max_lost_share(flags: Mapping[str, str]) -> float:
@@ -96,10 +122,16 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
     known = {**UPSTREAM_DEFAULTS, **flags}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model, model_max_length=int(known["model_max_length"]), padding_side="right", use_fast=False
+            model,
+            cache_dir=flags.get("cache_dir"),
+            model_max_length=int(known["model_max_length"]),
+            padding_side="right",
+            use_fast=False,
         )
-        image_tokens = tower_tokens(tower, known["mm_vision_select_feature"]) if tower else 1
-    except Exception:  # a model of the hub that is not here yet: the run itself fetches it, or says why it cannot
+    except Exception:  # a model of the hub that cannot be had: the run itself says why
+        return None
+    config = tower_config(tower, flags.get("cache_dir"))
+    if tower and config is None:
         return None
     # What is longer than the limit is told in the table; transformers would warn of errors that it cannot cause.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -112,12 +144,5 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
         from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
 
         tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    image_tokens = config.image_tokens(known["mm_vision_select_feature"]) if config else 1
     return TokenCounter(tokenizer, version, image_tokens, marks_ends)
-
-
-def tower_tokens(vision_tower: str, select_feature: str = "patch") -> int:
-    """Features of one image that a CLIP tower puts into the sequence: its patches, and its class with `cls_patch`."""
-    config = PretrainedConfig.get_config_dict(vision_tower)[0]
-    config = config.get("vision_config") or config
-    side = config.get("image_size", 224) // config.get("patch_size", 32)
-    return side * side + (select_feature == "cls_patch")

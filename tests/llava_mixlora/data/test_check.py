@@ -100,7 +100,7 @@ def test_of_many_samples_those_are_counted_that_may_not_fit(data, tmp_path, coun
     counter.tokenizer.model_max_length = 1024
     long_question, stumbles = entry("<image>\n" + "what " * 1000), entry(answer="red</s>")
     file = data(
-        *[entry(answer="red " * (number % 5)) for number in range(1, 40) if number % 5], long_question, stumbles
+        *[entry(answer="red" + " red" * (number % 5)) for number in range(1, 40) if number % 5], long_question, stumbles
     )
     found = check_data(file, tmp_path, counter=counter)
     assert found.lost["cut off before its answer"].numbers == [32]

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from llava_mixlora.training.base_flags import LLAVA_15, flags_of_the_base, image_tokens
+from llava_mixlora.training.base_flags import LLAVA_15, flags_of_the_base
 
 from ...tiny import message_of
 
@@ -189,12 +189,6 @@ def test_tower_that_does_not_fit_is_named_where_the_base_s_own_is_gone(write, sa
 def test_relative_tower_becomes_absolute(llava, tower, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert fill(llava, vision_tower="./tower")["vision_tower"] == tower
-
-
-def test_nested_configuration_of_a_tower_is_understood(write):
-    clip = write("clip", model_type="clip", vision_config={"image_size": 336, "patch_size": 14})
-    assert image_tokens(clip) == 576 and image_tokens(clip, "cls_patch") == 577
-    assert image_tokens("/gone/tower") is None
 
 
 @pytest.mark.parametrize("limit, feature, fits", [(9, "patch", 0), (10, "patch", 1), (10, "cls_patch", 0)])

@@ -8,12 +8,14 @@ import pytest
 import torch
 from transformers import EvalPrediction
 
+from llava_mixlora.data.check import check_data
 from llava_mixlora.training.held_out import (
     TASK_NUMBERS,
     HeldOutCollator,
     HeldOutData,
     HeldOutMetrics,
     check_held_out,
+    check_metric,
     description,
     figures,
     labels_of_the_sequence,
@@ -132,28 +134,23 @@ def test_labels_are_seen_where_image_features_stand_in_the_sequence(llava):
 @pytest.fixture
 def flags(tmp_path):
     """Flags of a run with held-out data of two tasks."""
-    samples = [{"image": "1.png", "task": "vqa", "conversations": TURNS}, {"task": "ocr", "conversations": TURNS}]
+    samples = [{"task": "vqa", "conversations": TURNS}, {"task": "ocr", "conversations": TURNS}]
     (tmp_path / "held.json").write_text(json.dumps(samples))
-    (tmp_path / "1.png").touch()
-    held_out = {"eval_data_path": str(tmp_path / "held.json"), "image_folder": str(tmp_path)}
-    return {"mixlora_enable": "True", **held_out}
+    return {"mixlora_enable": "True", "eval_data_path": str(tmp_path / "held.json")}
 
 
 @pytest.mark.parametrize(
     "metric", [None, "loss", "eval_loss", "exact_match", "eval_exact_match", "eval_exact_match_vqa"]
 )
 def test_held_out_data_and_its_metrics_pass(flags, metric):
-    check_held_out(flags if metric is None else {**flags, "metric_for_best_model": metric})
-
-
-def test_bad_held_out_data_is_named_before_the_model_is_loaded(flags, tmp_path):
-    assert "gone.json: no such file" in message_of(check_held_out, {**flags, "eval_data_path": "gone.json"})
-    assert "1.png: no such image" in message_of(check_held_out, {**flags, "eval_image_folder": str(tmp_path / "no")})
-    check_held_out({**flags, "image_folder": str(tmp_path / "no"), "eval_image_folder": str(tmp_path)})
+    flags |= {} if metric is None else {"metric_for_best_model": metric}
+    check_held_out(flags)
+    check_metric(flags, check_data(flags["eval_data_path"], keep=True))
 
 
 def test_metric_that_will_not_be_there_is_named_with_those_that_will(flags):
-    said = message_of(check_held_out, {**flags, "metric_for_best_model": "eval_exact_match_vqav2"})
+    flags["metric_for_best_model"] = "eval_exact_match_vqav2"
+    said = message_of(check_metric, flags, check_data(flags["eval_data_path"], keep=True))
     assert "eval_exact_match_vqav2" in said and "eval_exact_match_ocr, eval_exact_match_vqa" in said
 
 

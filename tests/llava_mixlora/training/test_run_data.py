@@ -36,7 +36,7 @@ def flags(tmp_path, patched, llava_folder, clip_folder):
 def test_losses_are_refused_or_left_out_by_a_flag(flags, capsys):
     assert "1 of 4 entries teach nothing" in message_of(check_run_data, flags)
     assert "an answer is empty" in capsys.readouterr().out
-    assert check_run_data({**flags, "max_lost_share": "0.25"}).samples == [GOOD] * 3
+    assert check_run_data({**flags, "max_lost_share": "0.25"}).training.samples == [GOOD] * 3
 
 
 @pytest.mark.parametrize("share", ["-0.1", "1.1", "some", "nan"])
@@ -69,7 +69,8 @@ def test_a_limit_that_leaves_nothing_is_told(flags):
 
 def test_models_that_are_not_here_yet_leave_tokens_uncounted(flags, capsys):
     assert token_counter({**flags, "model_name_or_path": "/no/such/model"}) is None
-    assert check_run_data({**flags, "model_name_or_path": "/no/such/model", "max_lost_share": "1"}).tokens is None
+    found = check_run_data({**flags, "model_name_or_path": "/no/such/model", "max_lost_share": "1"})
+    assert found.training.tokens is None
     assert "supervised" not in capsys.readouterr().out
 
 
@@ -77,7 +78,7 @@ def test_one_process_of_a_machine_looks_at_images_and_one_of_all_prints(flags, m
     (flags_of_gone := dict(flags))["image_folder"] = "/no/such/folder"
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "1")
-    assert check_run_data(flags_of_gone).usable == 3 and capsys.readouterr().out == ""
+    assert check_run_data(flags_of_gone).training.usable == 3 and capsys.readouterr().out == ""
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert "no such image" in message_of(check_run_data, flags_of_gone)
 
@@ -103,3 +104,16 @@ def test_each_process_needs_a_sample(flags, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     message = message_of(check_run_data, {**flags, "max_lost_share": "1"})
     assert f"{flags['data_path']}: expected at least one conversation for each of 4 processes, got 3" in message
+
+
+def test_held_out_data_is_checked_like_that_of_training(flags, tmp_path):
+    held_out = tmp_path / "held.json"
+    held_out.write_text(json.dumps([GOOD, {**GOOD, "image": "2.png"}]))
+    flags |= {"max_lost_share": "0.3", "eval_data_path": str(held_out)}
+    assert f"{tmp_path}/2.png: no such image" in message_of(check_run_data, flags)
+    (tmp_path / "other").mkdir()
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / "other" / name)
+    data = check_run_data({**flags, "eval_image_folder": str(tmp_path / "other")})
+    assert data.of(str(held_out)).usable == 2 and data.of(flags["data_path"]) is data.training
+    assert data.of("another.json") is None
