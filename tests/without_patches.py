@@ -33,7 +33,6 @@ CLOSEST = {
         "end_to_end/test_many_processes.py::test_loss_curve_of_two_processes_is_that_of_one[zero3-bfloat16]",
     ],
     "llava_train": ["llava_mixlora/test_cli.py", "end_to_end/test_launchers.py"],
-    "llava_train_saving": ["end_to_end/test_new_tokens.py", "end_to_end/test_base_flags.py"],
     "llava_train LlavaLlamaForCausalLM": ["end_to_end/test_mistral.py"],
     "llava_mistral": ["end_to_end/test_mistral.py"],
     "llava_train_evaluation": ["end_to_end/test_held_out.py"],

@@ -1,0 +1,96 @@
+"""What upstream's train() saves of a LLaVA with an adapter, as its functions are called there."""
+
+import sys
+from types import SimpleNamespace
+
+import peft
+import pytest
+import transformers
+from llava_mixlora.patches.llava_train import _train_checked
+from peft import LoraConfig
+from transformers import AutoTokenizer
+
+
+EMBEDDINGS = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
+
+
+@pytest.fixture(params=["--lora_enable", "--mixlora_enable"])
+def train(request, patched, llava, llava_folder, tokenizer_folder, tmp_path, monkeypatch):
+    """Runs a body in the place of upstream's, with a tokenizer, a model with an adapter, and the upstream module."""
+    from llava.train import train as upstream
+
+    data = tmp_path / "data.json"
+    data.write_text('[{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]')
+
+    def run(body, *flags):
+        done = {}
+
+        def whole(attn_implementation=None):
+            classes = (upstream.ModelArguments, upstream.DataArguments, upstream.TrainingArguments)
+            arguments = transformers.HfArgumentParser(classes).parse_args_into_dataclasses()[2]
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, use_fast=False)
+            llava.name_or_path = str(llava_folder)
+            config = LoraConfig(r=2, target_modules=["q_proj"], bias=arguments.lora_bias, task_type="CAUSAL_LM")
+            done["saved"] = body(upstream, tokenizer, peft.get_peft_model(llava, config))
+
+        words = ["--data_path", str(data), "--output_dir", str(tmp_path / "out"), "--use_cpu", "--lora_r", "2", *flags]
+        words += ["--model_name_or_path", str(llava_folder), request.param]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        _train_checked(whole)()
+        return done["saved"]
+
+    return run
+
+
+def beside(upstream, model):
+    return upstream.get_peft_state_non_lora_maybe_zero_3(model.named_parameters())
+
+
+def test_vocabulary_that_has_not_grown_is_not_saved(train):
+    assert not EMBEDDINGS & set(train(lambda upstream, _, model: beside(upstream, model)))
+
+
+def test_row_of_a_padding_token_is_saved(train):
+    def body(upstream, tokenizer, model):
+        upstream.smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model)
+        return beside(upstream, model)
+
+    assert EMBEDDINGS <= set(train(body))
+
+
+@pytest.mark.parametrize("tokens", [(True, False), (False, True)])
+def test_rows_of_tokens_for_images_are_saved(train, tokens):
+    def body(upstream, tokenizer, model):
+        patch, ends = tokens
+        flags = {"tune_mm_mlp_adapter": False, "pretrain_mm_mlp_adapter": None}
+        arguments = SimpleNamespace(mm_use_im_patch_token=patch, mm_use_im_start_end=ends, **flags)
+        model.initialize_vision_tokenizer(arguments, tokenizer=tokenizer)
+        return beside(upstream, model)
+
+    assert EMBEDDINGS <= set(train(body))
+
+
+def test_frozen_projector_is_saved(train):
+    saved = train(lambda upstream, _, model: beside(upstream, model), "--freeze_mm_mlp_adapter", "True")
+    assert sum("mm_projector" in name for name in saved) == 4
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_can_be_saved_and_those_of_the_tower_are_not(train, bias):
+    def body(upstream, _, model):
+        return upstream.get_peft_state_maybe_zero_3(model.named_parameters(), bias)
+
+    saved = train(body, "--lora_bias", bias)
+    assert any("lora_" in name for name in saved)
+    biases = [name for name in saved if name.endswith("bias")]
+    assert not any("vision_tower" in name or "mm_projector" in name for name in biases)
+
+
+def test_saved_adapter_tells_its_base(train, llava_folder, tmp_path):
+    def body(upstream, tokenizer, model):
+        upstream.smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model)
+        model.save_pretrained(tmp_path / "adapter")
+
+    train(body)
+    assert str(llava_folder) in (tmp_path / "adapter" / "base_model.json").read_text()
+    assert AutoTokenizer.from_pretrained(tmp_path / "adapter").pad_token == "[PAD]"
