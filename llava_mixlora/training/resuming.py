@@ -30,12 +30,14 @@ FREE = re.compile(
     r"(logging|log|save|hub|push_to_hub|trackio|include)_.*|push_to_hub|enable_jit_checkpoint|skip_memory_metrics|"
     # measuring
     r"(do|eval|per_device_eval|per_gpu_eval|batch_eval)_.*|evaluation_strategy|prediction_loss_only|"
-    r"load_best_model_at_end|metric_for_best_model|greater_is_better|"
+    r"load_best_model_at_end|metric_for_best_model|greater_is_better|early_stopping_patience|"
     # how it is computed, with the same result
     r"dataloader_(?!drop_last).*|lazy_preprocess|ddp_.*|local_rank|use_cpu|no_cuda|use_ipex|use_mps_device|"
     r"(gradient|activation)_checkpointing.*|torch_compile.*|torch_empty_cache_steps|use_liger_kernel|jit_mode_eval|"
     # how long, and what resuming itself is told
     r"num_train_epochs|max_steps|resume_from_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint|"
+    # told by the data that they leave
+    r"check_images|max_lost_share|"
     # told by their product, and by what the adapter's configuration says
     r"per_(device|gpu)_train_batch_size|gradient_accumulation_steps|mixlora_preset"
 )

@@ -177,7 +177,7 @@ def test_training_arguments_pickle_by_upstreams_name(parse, tmp_path):
 
 
 @pytest.fixture
-def train(patched, llama, tmp_path, monkeypatch):
+def train(patched, llama, tmp_path, monkeypatch, data):
     """Runs the patched train() around a body that stands for upstream's, with the given flags."""
     from llava.train import train as upstream
 
@@ -191,7 +191,8 @@ def train(patched, llama, tmp_path, monkeypatch):
             config = LoraConfig(r=arguments.lora_r, target_modules=["q_proj"], task_type="CAUSAL_LM")
             made["model"] = peft.get_peft_model(llama, config)
 
-        monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path), "--use_cpu", *flags])
+        words = ["--output_dir", str(tmp_path), "--data_path", data, "--use_cpu", *flags]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
         _train_checked(body)(attn_implementation=attention)
         return made
 

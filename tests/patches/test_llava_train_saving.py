@@ -10,7 +10,6 @@ from llava_mixlora.patches.llava_train import _train_checked
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
-
 EMBEDDINGS = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
 
 
@@ -55,7 +54,7 @@ def test_row_of_a_padding_token_is_saved(train):
         upstream.smart_tokenizer_and_embedding_resize({"pad_token": "[PAD]"}, tokenizer, model)
         return beside(upstream, model)
 
-    assert EMBEDDINGS <= set(train(body))
+    assert set(train(body)) >= EMBEDDINGS
 
 
 @pytest.mark.parametrize("tokens", [(True, False), (False, True)])
@@ -67,7 +66,7 @@ def test_rows_of_tokens_for_images_are_saved(train, tokens):
         model.initialize_vision_tokenizer(arguments, tokenizer=tokenizer)
         return beside(upstream, model)
 
-    assert EMBEDDINGS <= set(train(body))
+    assert set(train(body)) >= EMBEDDINGS
 
 
 def test_frozen_projector_is_saved(train):

@@ -17,12 +17,17 @@ def save(patched, llama, tmp_path, monkeypatch):
     llama.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
 
     def body(attn_implementation=None):
-        transformers.HfArgumentParser(upstream.TrainingArguments).parse_args_into_dataclasses()
+        transformers.HfArgumentParser(upstream.TrainingArguments).parse_args_into_dataclasses(
+            return_remaining_strings=True
+        )
         llama.config.save_pretrained(tmp_path)
 
     def save(*flags):
         if flags:
-            monkeypatch.setattr(sys, "argv", ["train.py", f"--output_dir={tmp_path}", "--use_cpu", *flags])
+            turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+            (tmp_path / "data.json").write_text(json.dumps([{"conversations": turns}]))
+            words = [f"--output_dir={tmp_path}", f"--data_path={tmp_path / 'data.json'}", "--use_cpu", *flags]
+            monkeypatch.setattr(sys, "argv", ["train.py", *words])
             _train_checked(body)()
         else:
             llama.config.save_pretrained(tmp_path)
