@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 
+# Before any library reads it: what is named by a hub name is not there, which is found out at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM

@@ -1,7 +1,7 @@
 """The paper's study in small: do mixed factors reduce interference between tasks, and what does it take?
 
-    python -m playground.studies.study            # three hours; goes on where it was interrupted
-    python -m playground.studies.study --short    # 20 minutes: fewer methods and seeds, no long runs
+    python -m playground.studies.study            # goes on where it was interrupted
+    python -m playground.studies.study --short    # fewer methods and seeds, no long runs
     python -m playground.studies.study show       # the stored results as the Markdown tables of the README
 
 Adapters of the tiny LLaVA (of its language model; the projector stays as it is) are trained by every method of
@@ -10,10 +10,8 @@ which contradict each other (`interference`). How learning rates are chosen is t
 `study.json`, `study.png` (accuracy over trained parameters) and `study_curves.png` (over steps) to
 `playground/results`.
 
-On one core of an AMD EPYC a step of 16 code-book questions takes 0.13 to 0.16 s (X-LoRA: 0.28 s) and one of 8 of the
-other questions 0.11 to 0.17 s (X-LoRA: 0.38 s); asking takes 5 ms a question (X-LoRA: 17 to 31 ms). By these figures,
-with three or four rates tried for each method, all takes three hours on two cores, of which long runs take 74 minutes,
-and the short form 20 minutes. A base model that is not there yet takes some ten minutes more.
+All took an hour and forty minutes on two cores of an Intel Xeon, of which long runs took half an hour; the short form
+takes some 20 minutes by the same figures. A base model that is not there yet takes some ten minutes more.
 """
 
 from __future__ import annotations
