@@ -21,8 +21,8 @@ from .training import ALONE, PAPER_FORM, PLUGIN, environment, train, write_input
 NEW = ["[PAD]", "<im_patch>", "<im_start>", "<im_end>"]
 FLAGS = ["--version=v0", "--mm_use_im_start_end=True", "--mm_use_im_patch_token=True", "--lora_bias=lora_only"]
 LEARN = ["--per_device_train_batch_size=8", "--optim=adamw_torch", "--learning_rate=0.02", "--lora_alpha=16"]
-SAVE = ["--save_strategy=steps", "--save_steps=15"]
-STEPS = "--max_steps=30"
+SAVE = ["--save_strategy=steps", "--save_steps=20"]
+STEPS = "--max_steps=40"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def asked(loaded, place):
     return answers
 
 
-@pytest.mark.parametrize("folder", [".", "checkpoint-30"])
+@pytest.mark.parametrize("folder", [".", "checkpoint-40"])
 def test_rows_and_tokens_come_back(adapter, bare, folder):
     tokenizer, model, _ = loaded = load_for_inference(adapter[0] / folder)
     assert tokenizer.convert_ids_to_tokens(range(VOCABULARY, VOCABULARY + 4)) == NEW
@@ -84,7 +84,7 @@ def test_trained_biases_come_back(adapter):
 def test_run_goes_on_with_its_rows(adapter, bare, tmp_path):
     first, flags = adapter
     output = tmp_path / "llava-lora"
-    shutil.copytree(first / "checkpoint-15", output / "checkpoint-15")
+    shutil.copytree(first / "checkpoint-20", output / "checkpoint-20")
     train(ALONE, bare[1], output, *flags)
     wanted, found = read_non_lora_trainables(first), read_non_lora_trainables(output)
     assert wanted.keys() == found.keys()
