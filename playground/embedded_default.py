@@ -34,7 +34,7 @@ IMAGES, QUESTIONS = "images", "questions"  # folders: of the pictures within the
 RESULTS = "results.json"
 TRAINED_WITH = "playground_run.json"  # in the output folder: the training's settings, and whether it is finished
 TRIAL_STEPS, TRIAL_QUESTIONS, TRIAL_BATCH_SIZE = 4, 3, 2
-FINETUNING = {"learning_rate": 2e-3, "per_device_train_batch_size": 48, "max_steps": 300}
+FINETUNING = {"learning_rate": 2e-3, "per_device_train_batch_size": 48, "max_steps": 200}
 FINETUNING_OF_LORA = {**FINETUNING, "learning_rate": 2e-3}
 LANGUAGE_MODELS = {"tiny": {}, "smollm2": {"learning_rate": 5e-4}}  # and what is different in their fine-tuning
 TRIALS = {
@@ -66,10 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
     from llava_mixlora import MixLoraConfig
     from llava_mixlora.inputs import check_writable
     from llava_mixlora.method.model_card import add_results
+    from llava_mixlora.training.given_flags import given_flags
     from llava_mixlora.training.preflight import check_quantization
 
     MixLoraConfig(r=arguments.rank, num_factors=arguments.factors, routing=arguments.routing)
-    check_quantization(arguments.flags)
+    check_quantization(given_flags(arguments.flags))
     for folder in (arguments.output, arguments.cache):
         check_writable(folder)
 
