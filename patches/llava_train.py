@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, PretrainedConfig, set_seed
 
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL, is_mixlora_adapter
@@ -33,6 +34,7 @@ from llava_mixlora.training.run_data import RunData
 from llava_mixlora.training.task_labels import task_names
 from llava_mixlora.training.termination import interruptible
 from llava_mixlora.training.unusable_flags import check_usable
+from llava_mixlora.writing import is_failed_write, reason_of
 
 from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
@@ -340,6 +342,13 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
         except MixLoraError as error:
             # What a worker of a DataLoader raises comes with its traceback in the message; ours are the last line.
             raise MixLoraError(str(error).strip().splitlines()[-1].removeprefix(_ERROR_OF_A_WORKER)) from error
+        except (RuntimeError, SafetensorError) as error:
+            if not is_failed_write(error):
+                raise
+            raise MixLoraError(
+                f"--output_dir {output_dir} could not be written ({reason_of(error)}); its checkpoints are as they "
+                "were: make room, then the same command goes on"
+            ) from error
         finally:
             sys.argv = argv
             _running_train.reset(token)

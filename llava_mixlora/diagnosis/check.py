@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 
-from transformers import PretrainedConfig
-
+from ..adapters.config_file import config_of
 from ..data.check import MAX_LOST_SHARE, check_data
 from ..data.images import CHECKS, HEADERS
 from ..data.token_counts import TokenCounter
 from ..errors import MixLoraError
+from ..inputs import positive
 from ..patches import apply
 from ..training.run_data import max_lost_share, token_counter
 
@@ -29,7 +29,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         "--vision-tower", metavar="TOWER", help="the run's; by default the one that the base's config.json names"
     )
     parser.add_argument("--version", default="v1", help="conversation template, as of the run (default: v1)")
-    parser.add_argument("--model-max-length", default="2048", help="tokens per sample (default: 2048)")
+    parser.add_argument("--model-max-length", type=positive, default=2048, help="tokens per sample (default: 2048)")
     parser.add_argument("--image-aspect-ratio", default="pad", help="as of the run (default: pad)")
     parser.add_argument(
         "--check-images",
@@ -72,14 +72,18 @@ def check(arguments: argparse.Namespace) -> None:
 
 def _counter(arguments: argparse.Namespace) -> TokenCounter:
     apply()  # LLaVA, which prepares the samples, cannot be imported before
-    config = PretrainedConfig.get_config_dict(arguments.model_path)[0]
+    config = config_of(arguments.model_path) or {}
     tower = arguments.vision_tower or config.get("mm_vision_tower")
+    of_base = {
+        name: str(config[name]) for name in ("mm_use_im_start_end", "mm_vision_select_feature") if name in config
+    }
     counter = token_counter(
         {
+            **of_base,
+            **({"vision_tower": tower} if tower else {}),
             "model_name_or_path": arguments.model_path,
             "version": arguments.version,
             "model_max_length": arguments.model_max_length,
-            **({"vision_tower": tower} if tower else {}),
         }
     )
     if counter is None:
