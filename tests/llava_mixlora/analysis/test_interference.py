@@ -293,7 +293,7 @@ def test_bad_input_is_one_line(adapters, llava_folder, data, tmp_path, capsys):
     assert "found none" in error_of(*few, *written(without_tasks))
     assert "has 10 of task 'color'; ask for fewer" in error_of("--samples", 12, "--batch-size", 2)
     assert "expected 3 batches of each task at least, got 2" in error_of("--samples", 5, "--batch-size", 2)
-    text_only = [{name: value for name, value in sample.items() if name != "image"} for sample in samples]
+    text_only = [{**sample, "image": None} for sample in samples]
     assert "none of its samples has an image" in error_of(*few, *written(text_only))
     (tmp_path / "empty").mkdir()
     assert "no such image" in error_of(*few, "--image-folder", tmp_path / "empty")

@@ -171,7 +171,7 @@ def test_what_cannot_be_loaded_is_one_line(model, questions_file, tmp_path, caps
     assert "choose another --output" in capsys.readouterr().err
     (tmp_path / "damaged.png").write_bytes(b"no picture")
     damaged = [Question("d", "t", "what?", tmp_path / "damaged.png")]
-    with pytest.raises(MixLoraError, match="not a readable image"):
+    with pytest.raises(MixLoraError, match="not an image"):
         evaluate(Asking(model), damaged, tmp_path / "c")
 
 

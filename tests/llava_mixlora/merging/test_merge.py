@@ -281,7 +281,7 @@ def test_regression_asks_for_calibration_data(adapter, tmp_path):
 
 def test_calibration_data_without_images_are_refused(adapter, data, tmp_path):
     samples = json.loads((data / "data.json").read_text())
-    bare = [{"id": sample["id"], "conversations": sample["conversations"]} for sample in samples]
+    bare = [{**sample, "image": None} for sample in samples]
     (tmp_path / "bare.json").write_text(json.dumps(bare))
     found = message_of(adapter, None, tmp_path / "out", calibration=SampleSource(str(tmp_path / "bare.json")))
     assert "none of its samples has an image" in found
