@@ -6,7 +6,7 @@ from llava_mixlora.patches.llava_trainer import split_router_groups
 from peft import get_peft_model
 from torch.utils.data import Dataset
 
-from ..tiny import paper_form, random_ids
+from ..tiny import message_of, paper_form, random_ids
 
 ROUTERS = ("mixlora_router_A", "mixlora_router_B", "mixlora_cfs")
 
@@ -105,6 +105,32 @@ def test_training_moves_every_router_or_none(trainer, router_gradient):
             assert moved == (router_gradient == "straight_through"), name
         else:
             assert moved == ("mixlora_" in name), name
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_the_adapter(trainer):
+    built = trainer(max_steps=3)
+    next(parameter for name, parameter in built.model.named_parameters() if "norm" in name).data.fill_(float("nan"))
+    assert "step 1: the loss is nan" in message_of(built.train)
+    assert all(parameter.isfinite().all() for name, parameter in built.model.named_parameters() if "mixlora_" in name)
+
+
+def test_steps_that_teach_nothing_are_named(trainer, monkeypatch, capsys):
+    item = Conversations.__getitem__
+    monkeypatch.setattr(
+        Conversations, "__getitem__", lambda self, i: {**item(self, i), "labels": torch.full((6,), -100)}
+    )
+    trainer().train()
+    assert "step 1: none of the 2 samples" in capsys.readouterr().out
+
+
+def test_an_adapter_that_would_not_be_trained_is_refused(trainer, monkeypatch):
+    model = get_peft_model
+
+    def frozen(*args):
+        return model(*args).requires_grad_(False)
+
+    monkeypatch.setitem(globals(), "get_peft_model", frozen)
+    assert "nothing of the MIXLORA adapter would be trained" in message_of(trainer)
 
 
 def test_schedule_scales_the_routers_rate_too(trainer):
