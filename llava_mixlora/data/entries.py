@@ -41,9 +41,9 @@ def entries(path: str | Path) -> Iterator[Any]:
     except FileNotFoundError:
         raise MixLoraError(f"{path}: no such file; expected {EXPECTED}") from None
     except UnicodeDecodeError as error:
+        where = f"behind entry {number - 1}" if number else "from its beginning"
         raise MixLoraError(
-            f"{path}: not text in UTF-8 (byte {error.start} behind entry {number - 1}); is it compressed, or another "
-            f"file? Expected {EXPECTED}"
+            f"{path}: not text in UTF-8 {where}; is it compressed, or another file? Expected {EXPECTED}"
         ) from error
     except json.JSONDecodeError as error:
         where = f"entry {number}" if number else "its beginning"

@@ -94,7 +94,9 @@ def test_entries_before_the_broken_one_are_given(tmp_path):
 
 def test_files_that_are_not_text_are_described(tmp_path):
     (tmp_path / "data.json").write_bytes(b"\x1f\x8b\x08\x00binary")
-    assert "not text in UTF-8" in message_of(lambda: list(entries(tmp_path / "data.json")))
+    assert "not text in UTF-8 from its beginning" in message_of(lambda: list(entries(tmp_path / "data.json")))
+    (tmp_path / "data.json").write_bytes(b'{"id": 1}\n' * module.BLOCK + b"\xff")
+    assert "not text in UTF-8 behind entry " in message_of(lambda: list(entries(tmp_path / "data.json")))
 
 
 def test_folders_and_missing_files_are_described(tmp_path):
