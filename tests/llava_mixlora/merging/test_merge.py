@@ -361,8 +361,9 @@ merge.merge(sys.argv[1], None, sys.argv[2])
     output = tmp_path / "llava-merged"
     done = subprocess.run([sys.executable, "-c", program, str(adapter), str(output)], capture_output=True)
     assert done.returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".") and {file.name for file in left.iterdir()} >= {"shard-1", "shard-2"}
+    assert all(path.name.startswith(".") for path in tmp_path.iterdir())
+    left = tmp_path / ".llava-merged.unfinished" / "llava-merged"
+    assert {file.name for file in left.iterdir()} >= {"shard-1", "shard-2"}
     assert not (left / "model.safetensors").exists() and not list(left.glob("*.index.json"))
     merge.merge(adapter, None, output)
     assert list(tmp_path.iterdir()) == [output]
