@@ -13,6 +13,7 @@ from types import ModuleType
 from . import interruption, patches
 from .adapters.adapter_folder import is_mixlora_adapter
 from .errors import MixLoraError
+from .inference.program_arguments import program_arguments
 
 SERVERS = ("llava.serve.controller", "llava.serve.model_worker")
 
@@ -56,6 +57,8 @@ def run(target: str, arguments: list[str], as_module: bool) -> None:
     path = _module_file(target) if as_module else _script_file(target)
     patches.apply(_patched_program(path))
     _check_merge_script(path, arguments)
+    arguments, choices = program_arguments(path, arguments)
+    patches.llava_builder.choices_of_the_program.set(choices)
     sys.argv = [str(path), *arguments]
     if not as_module:
         sys.path.insert(0, str(path.parent))

@@ -10,6 +10,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from peft.utils import CONFIG_NAME
 
 from llava_mixlora.adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
-    base_model_of,
     check_adapter,
     is_mixlora_adapter,
     read_non_lora_trainables,
 )
-from llava_mixlora.adapters.base_record import check_base
+from llava_mixlora.adapters.adapter_record import RECORD, read_record
+from llava_mixlora.adapters.base_check import check_base, check_tower
 from llava_mixlora.adapters.config_file import config_of
+from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
+from llava_mixlora.adapters.model_places import base_model_of, vision_tower_of
 from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.errors import MixLoraError
 
@@ -33,22 +36,45 @@ from .patch import ANY_KEYWORD, FAULT, METHOD, Patch
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
 
 
+choices_of_the_program: ContextVar[ModelChoices] = ContextVar("of the program that is run", default=AS_NAMED)
+"""Hold for calls that say nothing else: upstream's programs have no flags for them."""
+
+
 def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     @functools.wraps(original)
     def load_pretrained_model(
-        model_path: str, model_base: str | None, model_name: str, *args: Any, keep_adapter: bool = False, **kwargs: Any
+        model_path: str,
+        model_base: str | None,
+        model_name: str,
+        *args: Any,
+        keep_adapter: bool = False,
+        choices: ModelChoices | None = None,
+        **kwargs: Any,
     ) -> Loaded:
+        chosen = choices or choices_of_the_program.get()
         is_mixlora = is_mixlora_adapter(model_path)
         if not is_mixlora and not keep_adapter and not (model_base and _is_adapter(model_path)):
+            kwargs |= {} if model_base else _with_its_tower(model_path, chosen)
             return original(model_path, model_base, model_name, *args, **kwargs)
         base = base_model_of(model_path, model_base)
-        check_base(model_path, base)
+        if read_record(model_path) is None:
+            print(
+                f"note: {model_path} has no {RECORD} (an earlier version made it, or LLaVA alone), so whether base, "
+                "vision tower and conversation template are those of its training is not checked",
+                flush=True,
+            )
+        check_base(model_path, base, chosen.allow_other_base)
+        config = _llava_config(model_path)
+        recorded_tower = getattr(config, "mm_vision_tower", None)
+        if recorded_tower is not None:
+            config.mm_vision_tower = vision_tower_of(model_path, recorded_tower, chosen.vision_tower, base)
+            check_tower(model_path, config.mm_vision_tower, chosen.allow_other_base)
         trained_beside = read_non_lora_trainables(model_path)
         has_more_tokens = INPUT_EMBEDDINGS in trained_beside
-        if not is_mixlora and not keep_adapter and not has_more_tokens:
+        keeps = is_mixlora or keep_adapter
+        if not keeps and not has_more_tokens and getattr(config, "mm_vision_tower", None) == recorded_tower:
             return original(model_path, base, model_name, *args, **kwargs)
         check_adapter(model_path)
-        config = _llava_config(model_path)
         # Upstream loads the base as a complete LLaVA, with the configuration that training wrote (a bare Vicuna does
         # not know of a vision tower); then come the projector and the adapter. Its own LoRA branch would merge.
         name = "llava-mistral" if config.model_type == "llava_mistral" else "llava"  # chooses the class
@@ -57,11 +83,23 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         tokenizer, model, image_processor, context_length = loaded
         model.load_state_dict(trained_beside, strict=False)
         adapted = _with_adapter(model, model_path)
-        if not is_mixlora and not keep_adapter:
-            adapted = adapted.merge_and_unload()
-        return tokenizer, adapted, image_processor, context_length
+        return tokenizer, adapted if keeps else adapted.merge_and_unload(), image_processor, context_length
 
     return load_pretrained_model
+
+
+def _with_its_tower(model_path: str, choices: ModelChoices) -> dict[str, Any]:
+    """What a whole LLaVA is loaded with, so that its vision tower is found."""
+    recorded = (config_of(model_path) or {}).get("mm_vision_tower")
+    if recorded is None:
+        return {}
+    found = vision_tower_of(model_path, recorded, choices.vision_tower)
+    check_tower(model_path, found, choices.allow_other_base)
+    if found == recorded:
+        return {}
+    config = _llava_config(model_path)
+    config.mm_vision_tower = found
+    return {"config": config}
 
 
 def _is_adapter(model_path: str) -> bool:

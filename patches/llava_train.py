@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser, PretrainedConfig, set_seed
 
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL, is_mixlora_adapter
+from llava_mixlora.adapters.adapter_record import AdapterRecord
 from llava_mixlora.adapters.config_file import absolute, config_of
 from llava_mixlora.attention import available_attention
 from llava_mixlora.errors import MixLoraError
@@ -237,6 +238,7 @@ class RunningTrain:
         run: what its checkpoints tell of it, in the first process of a run that trains an adapter.
         vision_tower: the tower that it trains with, by whatever name the base has for it.
         grown_tokenizer: its tokenizer, once it has tokens that the base's has not.
+        record: what it trains with, once that was asked for.
     """
 
     data: RunData | None = None
@@ -245,6 +247,7 @@ class RunningTrain:
     run: Run | None = None
     vision_tower: str | None = None
     grown_tokenizer: Any = None
+    record: AdapterRecord | None = None
 
 
 _running_train: ContextVar[RunningTrain | None] = ContextVar("the train() that is running", default=None)

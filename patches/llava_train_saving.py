@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava_mixlora.adapters.base_record import record_base
+from llava_mixlora.training.run_record import run_record
 from llava_mixlora.training.saved_tensors import beside_the_adapter, with_the_adapter
 
 from .llava_train import running_train
@@ -65,8 +65,10 @@ def _save_what_loading_takes(original: Callable[..., None]) -> Callable[..., Non
         if running is None:
             return
         base, flags = self.active_peft_config.base_model_name_or_path, running.arguments
-        if base:
-            record_base(save_directory, base, flags and flags.cache_dir)
+        if base and running.record is None:
+            running.record = run_record(base, self.get_base_model().config, running.run, flags and flags.cache_dir)
+        if running.record is not None:
+            running.record.save(save_directory)
         if running.grown_tokenizer is not None:
             running.grown_tokenizer.save_pretrained(Path(save_directory))
 
@@ -105,7 +107,8 @@ PATCHES = (
     Patch(
         "peft:PeftModel.save_pretrained",
         kind=FAULT,
-        why="an adapter names its base by a name alone, under which another model may lie, and lacks new tokens",
+        why="an adapter names its base by a name alone, under which another model may lie, does not tell its template, "
+        "and lacks new tokens",
         replace=_save_what_loading_takes,
         parameters=("save_directory",),
     ),

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -73,23 +72,6 @@ def read_config(folder: str | Path) -> MixLoraConfig:
         raise MixLoraError(f"{file}: {error}") from error
     except (TypeError, ValueError) as error:
         raise MixLoraError(f"{file} is damaged ({error}); copy it again") from error
-
-
-def base_model_of(folder: str | Path, model_base: str | None = None) -> str:
-    """The base model of an adapter: `model_base` where given, else the one that its configuration names.
-
-    Raises:
-        MixLoraError: neither names one, or the local folder that the configuration names is gone.
-    """
-    recorded = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    base = model_base or recorded
-    if not base:
-        raise MixLoraError(f"{folder}: its {CONFIG_NAME} names no base model; pass --model-base")
-    looks_local = base.startswith((".", "/", "~")) or base.count("/") != 1
-    if looks_local and not Path(base).expanduser().exists():
-        origin = "--model-base" if model_base else f"the {CONFIG_NAME} of {folder}"
-        raise MixLoraError(f"base model {base!r}, named by {origin}, does not exist; pass --model-base with its place")
-    return base
 
 
 def check_adapter(folder: str | Path) -> None:

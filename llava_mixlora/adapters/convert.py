@@ -35,6 +35,7 @@ from ..method.config import MixLoraConfig
 from ..method.model_card import write_card
 from ..method.tensor_names import PEFT_PREFIX
 from .adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
+from .adapter_record import AdapterRecord, known_model
 from .llava_card import llava_record
 from .model_folders import base_folder, check_output, new_folder
 from .stored_weights import StoredWeights
@@ -127,6 +128,8 @@ def convert(
         llava_config = _for_upstream(llava_config, model_base, vision_tower)
         (folder / "config.json").write_text(json.dumps(llava_config, indent=2) + "\n", encoding="utf-8")
         write_card(config, folder, llava_record())
+        tower = llava_config.get("mm_vision_tower")
+        AdapterRecord(base=known_model(model_base), vision_tower=known_model(tower) if tower else None).save(folder)
     return config
 
 

@@ -20,9 +20,12 @@ import torch
 from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 
+from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..errors import MixLoraError
+from ..inference.conversation import conversation_of
 from ..inference.grouping import groups_within
 from ..inference.loading import load_for_inference
+from ..inference.model_flags import add_model_flags, choices_of
 from ..inference.samples import SampleSource, batches, samples_by_task
 from ..inputs import check_model_path, check_writable, positive
 from ..method.model import ADAPTER, adapted_layers
@@ -68,11 +71,12 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
         "paper, which one batch can decide whose own loss hardly changes",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: 0)")
-    parser.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
+    parser.add_argument("--version", help="conversation template (default: that of its training, or v1)")
     parser.add_argument("--model-base", metavar="BASE", help="the adapter's base (default: the one that it names)")
     parser.add_argument(
         "--output", metavar="DIR", help="folder for interference.json and .png (default: ADAPTER/interference)"
     )
+    add_model_flags(parser)
     parser.set_defaults(command=_interference)
 
 
@@ -80,10 +84,13 @@ def _interference(given: argparse.Namespace) -> None:
     check_model_path("ADAPTER", given.adapter)
     output = Path(given.output or Path(given.adapter) / "interference")
     check_writable(output, "--output")
+    version = conversation_of(given.adapter, given.version, "--version", otherwise="v1")
     data = SampleSource(
-        given.data, given.image_folder, samples=given.samples, version=given.version, batch_size=given.batch_size
+        given.data, given.image_folder, samples=given.samples, version=version, batch_size=given.batch_size
     )
-    found = interference(given.adapter, given.model_base, data, given.tasks, given.layers, given.estimator, given.seed)
+    of_the_model = (given.adapter, given.model_base)
+    of_the_measure = (given.tasks, given.layers, given.estimator, given.seed)
+    found = interference(*of_the_model, data, *of_the_measure, choices=choices_of(given))
     found.save(output)
     print("\n".join(found.lines()))
     print(f"Wrote interference.json and interference.png to {output}")
@@ -97,6 +104,7 @@ def interference(
     layers: Sequence[str] = (),
     estimator: str = RATIO_OF_MEANS,
     seed: int = 0,
+    choices: ModelChoices = AS_NAMED,
 ) -> Interference:
     """Measure a MixLoRA or LoRA adapter on data of several tasks.
 
@@ -108,6 +116,7 @@ def interference(
         layers: see [`factor_parameters`].
         estimator: see [`estimate`].
         seed: of the choice of samples.
+        choices: what the user says of the model's parts.
 
     Raises:
         MixLoraError: there are fewer than two tasks, too few samples of one, no images, or no such layers; a loss is
@@ -122,7 +131,7 @@ def interference(
     samples = samples_by_task(replace(data, samples=number * data.batch_size), tasks, seed)
     if Path(model_path).is_dir() and not (Path(model_path) / CONFIG_NAME).is_file():
         raise MixLoraError(f"{model_path} has no {CONFIG_NAME}; expected the folder of a MixLoRA or LoRA adapter")
-    loaded = load_for_inference(model_path, model_base, keep_adapter=True)
+    loaded = load_for_inference(model_path, model_base, keep_adapter=True, choices=choices)
     model = loaded[1]
     if model.dtype == torch.float16:
         model.bfloat16()  # gradients underflow in float16

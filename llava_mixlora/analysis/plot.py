@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..inference.conversation import conversation_of
+from ..inference.model_flags import add_model_flags, choices_of
 from ..inference.samples import SampleSource
 from ..inputs import check_writable, positive
 from .plot_usage import plot
@@ -26,8 +28,9 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", help="LLaVA's training data with fields 'task'")
     parser.add_argument("--image-folder", metavar="DIR", help="where the images of DATA lie")
     parser.add_argument("--samples", type=positive, default=32, help="how many of each task (default: 32)")
-    parser.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
+    parser.add_argument("--version", help="conversation template (default: that of its training, or v1)")
     parser.add_argument("--model-base", metavar="BASE", help="the adapter's base (default: the one that it names)")
+    add_model_flags(parser)
     parser.set_defaults(command=_plot)
 
 
@@ -37,8 +40,9 @@ def _plot(given: argparse.Namespace) -> None:
         plot(given.adapter, output)
         print(f"Wrote {output}")
         return
-    data = SampleSource(given.data, given.image_folder, samples=given.samples, version=given.version)
+    version = conversation_of(given.adapter, given.version, "--version", otherwise="v1")
+    data = SampleSource(given.data, given.image_folder, samples=given.samples, version=version)
     output = Path(given.output or Path(given.adapter) / "routes")
     check_writable(output, "--output")
-    draw_task_routes(task_routes(given.adapter, given.model_base, data), output)
+    draw_task_routes(task_routes(given.adapter, given.model_base, data, choices_of(given)), output)
     print(f"Wrote routes.json and three pictures to {output}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..errors import MixLoraError
 from ..inference.loading import load_for_inference
 from ..inference.samples import SampleSource, batches, samples_by_task
@@ -55,14 +56,16 @@ class TaskRoutes:
         return list(dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])))
 
 
-def task_routes(model_path: str | Path, model_base: str | None, data: SampleSource) -> TaskRoutes:
+def task_routes(
+    model_path: str | Path, model_base: str | None, data: SampleSource, choices: ModelChoices = AS_NAMED
+) -> TaskRoutes:
     """The routes that an adapter takes for the prompts of `data`, `data.samples` of each task.
 
     Raises:
         MixLoraError: as [`samples_by_task`] and [`load_for_inference`]; or the model has no MixLoRA adapter.
     """
     samples = samples_by_task(data)
-    loaded = load_for_inference(model_path, model_base)
+    loaded = load_for_inference(model_path, model_base, choices=choices)
     model = loaded[1]
     if not hasattr(getattr(model, "base_model", None), "routes"):
         raise MixLoraError(f"{model_path} is no MixLoRA adapter, so it has no routes to draw")

@@ -20,8 +20,11 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import distributed
 
+from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..errors import MixLoraError
 from ..folder_lock import locked
+from ..inference.conversation import conversation_of
+from ..inference.model_flags import add_model_flags, choices_of
 from ..inputs import check_writable, positive, read_json
 from ..writing import write_whole
 from .json_lines import append_lines, read_lines
@@ -58,15 +61,23 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive, metavar="N", help="at most so many questions of each task")
     parser.add_argument("--batch-size", type=positive, default=16, help="questions at a time (default: 16)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="longest answer (default: 128)")
-    parser.add_argument("--conv-mode", default="llava_v1", help="conversation template (default: llava_v1)")
+    parser.add_argument("--conv-mode", help="conversation template (default: that of its training, or llava_v1)")
     parser.add_argument("--bits", type=int, default=16, choices=(16, 8, 4), help="8 or 4: quantize the model")
     parser.add_argument("--judge", metavar="LM", help="a causal language model that decides what is right as well")
+    add_model_flags(parser)
     parser.set_defaults(command=_eval)
 
 
 def _eval(given: argparse.Namespace) -> None:
     questions = read_questions(given.questions, given.image_folder, given.task, given.limit)
-    asking = Asking(given.model_path, given.model_base, given.conv_mode, given.max_new_tokens, given.bits)
+    asking = Asking(
+        given.model_path,
+        given.model_base,
+        conversation_of(given.model_path, given.conv_mode, "--conv-mode", otherwise="llava_v1"),
+        given.max_new_tokens,
+        given.bits,
+        choices_of(given),
+    )
     try:
         result = evaluate(asking, questions, Path(given.output), given.batch_size, given.judge)
     except KeyboardInterrupt:
@@ -87,6 +98,7 @@ class Asking:
     conversation: str = "llava_v1"
     max_new_tokens: int = 128
     bits: int = 16
+    choices: ModelChoices = AS_NAMED
 
 
 def evaluate(
@@ -224,7 +236,12 @@ def _answer(questions: list[Question], asking: Asking, output: Path, batch_size:
 
     patches.apply()  # without them LLaVA cannot be imported
     check_conversation(asking.conversation)
-    loaded = load_for_inference(asking.model_path, asking.model_base, asking.bits)
+    loaded = load_for_inference(
+        asking.model_path,
+        asking.model_base,
+        asking.bits,
+        choices=asking.choices,
+    )
     # Prompts of like length share a batch, so little of it is padding; the processes take turns along the list.
     share = sorted(questions, key=lambda question: len(question.prompt))[_rank() :: _world_size()]
     name = Path(asking.model_path).name
@@ -265,7 +282,8 @@ def _collect(output: Path, questions: list[Question]) -> Answers:
 
 
 def _check_same_run(output: Path, asking: Asking) -> None:
-    wanted = {**asdict(asking), "adapter_sha256": None}
+    wanted = {**asdict(asking), "vision_tower": asking.choices.vision_tower, "adapter_sha256": None}
+    del wanted["choices"]
     model = Path(asking.model_path)
     if model.exists():
         wanted["model_path"] = str(model.absolute())

@@ -11,7 +11,8 @@ import torch
 from peft.utils import CONFIG_NAME
 from transformers import PretrainedConfig
 
-from ..adapters.adapter_folder import base_model_of
+from ..adapters.model_choices import AS_NAMED, ModelChoices
+from ..adapters.model_places import base_model_of
 from ..inputs import check_model_path
 
 Loaded = tuple[Any, Any, Any]
@@ -19,7 +20,11 @@ Loaded = tuple[Any, Any, Any]
 
 
 def load_for_inference(
-    model_path: str | Path, model_base: str | Path | None = None, bits: int = 16, keep_adapter: bool = False
+    model_path: str | Path,
+    model_base: str | Path | None = None,
+    bits: int = 16,
+    keep_adapter: bool = False,
+    choices: ModelChoices = AS_NAMED,
 ) -> Loaded:
     """Load a MixLoRA adapter, an adapter of LLaVA's LoRA runs, or a whole LLaVA; in evaluation mode.
 
@@ -31,9 +36,10 @@ def load_for_inference(
         model_base: the adapter's base; by default the one that it names. A whole model has none.
         bits: 16, or 8 or 4 to quantize the language model.
         keep_adapter: keep an adapter of LLaVA's LoRA runs beside its base, where upstream merges it.
+        choices: what the user says of its parts.
 
     Raises:
-        MixLoraError: there is no such folder, an adapter's base is missing, or its files are damaged.
+        MixLoraError: there is no such folder, an adapter's base is missing or another one, or its files are damaged.
     """
     check_model_path("--model-path", str(model_path))
     from .. import patches
@@ -55,6 +61,7 @@ def load_for_inference(
         device_map=device,
         device=device,
         keep_adapter=keep_adapter,
+        choices=choices,
     )
     if device == "cpu" and bits == 16:
         size = 4 * sum(parameter.numel() for parameter in model.parameters())

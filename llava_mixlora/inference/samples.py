@@ -32,7 +32,7 @@ class SampleSource:
         image_folder: where its images lie.
         task: only samples whose field `"task"` has this value; all when None.
         samples: how many to draw, a tenth of them being held out; all when there are fewer.
-        version: the conversation template, as `--version` of training.
+        version: the conversation template, as `--version` of training (see [`conversation.conversation_of`]).
         batch_size: how many go through the model at a time.
     """
 

@@ -23,14 +23,19 @@ from ..adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
     NON_LORA_TRAINABLES,
     TOKENIZER_FILES,
-    base_model_of,
     read_non_lora_trainables,
 )
-from ..adapters.base_record import BASE_RECORD, check_base
+from ..adapters.adapter_record import RECORD
+from ..adapters.base_check import check_base, record_of_merged
+from ..adapters.config_file import absolute
+from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
+from ..adapters.model_places import base_model_of
 from ..adapters.stored_weights import StoredWeights, weight_files
 from ..errors import MixLoraError
+from ..inference.conversation import conversation_of
 from ..inference.loading import load_for_inference
+from ..inference.model_flags import add_model_flags, choices_of
 from ..inference.samples import SampleSource, batches
 from ..inputs import read_json
 from ..method.static_core import METHODS
@@ -85,27 +90,29 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", metavar="DIR", help="where the images of DATA lie")
     parser.add_argument("--task", metavar="NAME", help="only samples of DATA whose field 'task' is NAME")
     parser.add_argument("--samples", type=int, default=512, help="how many to draw from DATA (default: 512)")
-    parser.add_argument("--version", default="v1", help="conversation template, as in training (default: v1)")
+    parser.add_argument("--version", help="conversation template (default: that of its training, or v1)")
     parser.add_argument("--batch-size", type=int, default=8, help="samples at a time (default: 8)")
+    add_model_flags(parser)
 
 
 def _merge(given: argparse.Namespace) -> None:
-    report = merge(given.model_path, given.model_base, given.save_model_path, given.method, _source(given))
+    source, choices = _source(given), choices_of(given)
+    report = merge(given.model_path, given.model_base, given.save_model_path, given.method, source, choices)
     print("\n".join(report.lines()))
     print(f"Wrote {given.save_model_path}, with merge_report.json. LLaVA loads it as it is, with no --model-base.")
 
 
 def _export_lora(given: argparse.Namespace) -> None:
-    report = export_lora(given.model_path, given.model_base, given.save_model_path, given.method, _source(given))
+    source, choices = _source(given), choices_of(given)
+    report = export_lora(given.model_path, given.model_base, given.save_model_path, given.method, source, choices)
     print("\n".join(report.lines()))
     print(f"Wrote {given.save_model_path}, with merge_report.json. It is a LoRA for the same base.")
 
 
 def _source(given: argparse.Namespace) -> SampleSource | None:
     if given.calibration is not None:
-        return SampleSource(
-            given.calibration, given.image_folder, given.task, given.samples, given.version, given.batch_size
-        )
+        version = conversation_of(given.model_path, given.version, "--version", otherwise="v1")
+        return SampleSource(given.calibration, given.image_folder, given.task, given.samples, version, given.batch_size)
     if given.task is not None:
         raise MixLoraError(f"--task {given.task} chooses among the samples of --calibration DATA, which is missing")
     return None
@@ -117,6 +124,7 @@ def merge(
     output: str | Path,
     method: str = "lstsq",
     calibration: SampleSource | None = None,
+    choices: ModelChoices = AS_NAMED,
 ) -> Fidelity:
     """Write `output`: the base with a static stand-in for the adapter in it, a checkpoint that needs no plugin.
 
@@ -126,6 +134,7 @@ def merge(
         output: a new folder; it gets the report too, as `merge_report.json` and `merge_report.png`.
         method: `"mean"`, `"lstsq"` or, with calibration data, `"regression"`; see [`static_core`].
         calibration: what to make the static updates from, in the place of the statistics of training.
+        choices: what the user says of the model's parts.
 
     Returns:
         How far the result is from the dynamic model.
@@ -135,10 +144,10 @@ def merge(
             the disk is too small, `output` is there, or a file is missing or damaged. No folder appears then.
     """
     adapter, output = SavedAdapter(model_path), Path(output)
-    base = check_merge(adapter, model_base, output)
-    updates, fidelity = static_updates(adapter, base, method, calibration)
+    base = check_merge(adapter, model_base, output, choices)
+    updates, fidelity = static_updates(adapter, base, method, calibration, choices)
     with new_folder(FLAG, output) as folder:
-        write_merged(adapter, base, updates[method], folder)
+        write_merged(adapter, base, updates[method], folder, choices.vision_tower)
         fidelity.save(folder)
     return fidelity
 
@@ -149,14 +158,15 @@ def export_lora(
     output: str | Path,
     method: str = "lstsq",
     calibration: SampleSource | None = None,
+    choices: ModelChoices = AS_NAMED,
 ) -> Fidelity:
     """Write `output`: a static stand-in for the adapter as a LoRA of rank E for PEFT and for LLaVA's own LoRA branch.
 
     Arguments, result and errors are those of [`merge`].
     """
     adapter, output = SavedAdapter(model_path), Path(output)
-    base = check_merge(adapter, model_base, output, copies_base=False)
-    updates, fidelity = static_updates(adapter, base, method, calibration)
+    base = check_merge(adapter, model_base, output, choices, copies_base=False)
+    updates, fidelity = static_updates(adapter, base, method, calibration, choices)
     with new_folder(FLAG, output) as folder:
         write_lora(adapter, base_model_of(adapter.folder, model_base), updates[method], folder)
         fidelity.save(folder)
@@ -164,7 +174,11 @@ def export_lora(
 
 
 def static_updates(
-    adapter: SavedAdapter, base: Path, method: str, calibration: SampleSource | None
+    adapter: SavedAdapter,
+    base: Path,
+    method: str,
+    calibration: SampleSource | None,
+    choices: ModelChoices = AS_NAMED,
 ) -> tuple[dict[str, StaticUpdates], Fidelity]:
     """By method, the static updates of an adapter (`method`'s, and others that come along), and how good they are."""
     methods = methods_for(method)
@@ -172,7 +186,7 @@ def static_updates(
     if calibration is None:
         return {method: adapter.static_updates(method)}, fidelity
     fit, held_out = read_samples(calibration)
-    loaded = load_for_inference(adapter.folder, base)
+    loaded = load_for_inference(adapter.folder, base, choices=choices)
     model = loaded[1]
     found = calibrate(model, lambda title: batches(fit, loaded, calibration, title), methods)
     fidelity.task, fidelity.samples = calibration.task, {"calibration": len(fit), "held out": len(held_out)}
@@ -183,7 +197,13 @@ def static_updates(
     return found.updates, fidelity
 
 
-def check_merge(adapter: SavedAdapter, model_base: str | None, output: Path, copies_base: bool = True) -> Path:
+def check_merge(
+    adapter: SavedAdapter,
+    model_base: str | None,
+    output: Path,
+    choices: ModelChoices = AS_NAMED,
+    copies_base: bool = True,
+) -> Path:
     """What can be known to fail before anything is computed; returns the folder of the base.
 
     Raises:
@@ -195,7 +215,7 @@ def check_merge(adapter: SavedAdapter, model_base: str | None, output: Path, cop
     stored = StoredWeights(base)
     for name, layer in adapter.items():
         _check_fits(f"{name}.weight", [layer.factors_B.shape[1], layer.factors_A.shape[1]], stored, base)
-    check_base(adapter.folder, str(base))
+    check_base(adapter.folder, str(base), choices.allow_other_base)
     beside = adapter.folder / NON_LORA_TRAINABLES
     size = beside.stat().st_size if beside.is_file() else 0
     size += sum(file.stat().st_size for file in weight_files(base)) if copies_base else 0
@@ -203,8 +223,12 @@ def check_merge(adapter: SavedAdapter, model_base: str | None, output: Path, cop
     return base
 
 
-def write_merged(adapter: SavedAdapter, base: Path, updates: StaticUpdates, folder: Path) -> None:
+def write_merged(
+    adapter: SavedAdapter, base: Path, updates: StaticUpdates, folder: Path, vision_tower: str | None = None
+) -> None:
     """Write a plain checkpoint into `folder`: the base with `updates` in it, and all that was trained beside them.
+
+    `vision_tower`: takes the place of the tower that the adapter's `config.json` names.
 
     Raises:
         MixLoraError: a merged weight is not finite in the base's dtype, or the base lacks what the adapter replaces.
@@ -217,12 +241,15 @@ def write_merged(adapter: SavedAdapter, base: Path, updates: StaticUpdates, fold
     config = adapter.folder / "config.json"
     contents = read_json(config if config.is_file() else base / "config.json")
     contents.pop("quantization_config", None)  # of a run with --bits 4; what is written here is not quantized
+    if vision_tower is not None:
+        contents["mm_vision_tower"] = absolute(vision_tower)
     (folder / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     tokenizer = adapter.folder if INPUT_EMBEDDINGS in added else base  # with more tokens than the base's, or the base's
     for name in TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     _write_shards(_merged_tensors(stored, updates, {**replaced, **added}), folder)
+    record_of_merged(adapter.folder, str(base)).save(folder)
 
 
 def write_lora(adapter: SavedAdapter, base: str, updates: StaticUpdates, folder: Path) -> None:
@@ -246,7 +273,7 @@ def write_lora(adapter: SavedAdapter, base: str, updates: StaticUpdates, folder:
     ).save_pretrained(str(folder))
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     grown = TOKENIZER_FILES if INPUT_EMBEDDINGS in read_non_lora_trainables(adapter.folder) else ()
-    for name in ("config.json", NON_LORA_TRAINABLES, BASE_RECORD, *grown):
+    for name in ("config.json", NON_LORA_TRAINABLES, RECORD, *grown):
         if (adapter.folder / name).is_file():
             shutil.copyfile(adapter.folder / name, folder / name)
 

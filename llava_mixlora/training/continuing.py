@@ -32,6 +32,9 @@ from ..adapters.adapter_folder import (
     read_config,
     read_non_lora_trainables,
 )
+from ..adapters.adapter_record import read_record
+from ..adapters.fingerprints import fingerprint
+from ..adapters.model_places import base_model_of
 from ..adapters.stored_weights import weight_files
 from ..errors import MixLoraError
 from ..inputs import read_json
@@ -319,14 +322,7 @@ def _base(given: str | None, recorded: str | None, folder: str) -> str:
         MixLoraError: there is none, or the given one is not what the adapter was trained on.
     """
     if given is None:
-        if not recorded:
-            raise MixLoraError(f"--{INIT_FROM} {folder}: its {CONFIG_NAME} names no base; add --model_name_or_path")
-        if _is_a_place(recorded) and not Path(recorded).expanduser().exists():
-            raise MixLoraError(
-                f"--{INIT_FROM} {folder} was trained on {recorded}, which is not there; add --model_name_or_path with "
-                "its place"
-            )
-        return recorded
+        return base_model_of(folder, flag="--model_name_or_path")
     why = _why_another_base(Path(given).expanduser(), recorded, Path(folder))
     if why is not None:
         raise MixLoraError(
@@ -340,6 +336,11 @@ def _why_another_base(given: Path, recorded: str | None, adapter: Path) -> str |
     """What tells a base from the one on record; None where it is the same, as far as can be seen."""
     if not recorded or str(given) == recorded:
         return None
+    record = read_record(adapter)
+    on_record = None if record is None or record.base is None else record.base.fingerprint
+    found = fingerprint(str(given)) if on_record is not None else None
+    if found is not None:
+        return ", ".join(found.differences(on_record)) or None
     known = Path(recorded).expanduser()
     if known.is_dir() and given.is_dir():
         if known.samefile(given) or _ends_of_weights(known) == _ends_of_weights(given):
@@ -374,10 +375,6 @@ def _weight_files(folder: Path) -> list[Path]:
         return weight_files(folder)
     except MixLoraError:
         return []
-
-
-def _is_a_place(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
 def _check_tensors(model: PeftModel, learnt: Mapping[str, Tensor], folder: str | Path) -> None:

@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 
+from llava_mixlora.adapters.adapter_record import read_record
 from llava_mixlora.evaluation.answering import answer
 from llava_mixlora.evaluation.questions import read_questions
 from llava_mixlora.inference.loading import load_for_inference
@@ -49,8 +50,9 @@ def test_result_names_base_and_tower_for_every_working_directory(adapter, place)
     assert json.loads((adapter / "config.json").read_text())["mm_vision_tower"] == str(place[0] / "clip")
     adapter_config = json.loads((adapter / "adapter_config.json").read_text())
     assert adapter_config["base_model_name_or_path"] == str(place[0] / "llava")
-    record = json.loads((adapter / "base_model.json").read_text())
-    assert record["name_or_path"] == str(place[0] / "llava") and len(record["config_sha256"]) == 64
+    record = read_record(adapter)
+    assert record.base.name_or_path == str(place[0] / "llava")
+    assert record.vision_tower.name_or_path == str(place[0] / "clip")
 
 
 def test_result_answers_from_another_working_directory(adapter, place, tmp_path, monkeypatch):

@@ -166,11 +166,11 @@ def test_missing_base_is_named(load, damaged, base):
     config = (damaged / "adapter_config.json").read_text()
     (damaged / "adapter_config.json").write_text(config.replace(str(base), "/no/such/base"))
     message = message_of(load, damaged)
-    assert "'/no/such/base'" in message and "--model-base" in message
+    assert "/no/such/base: no such folder" in message and "--model-base" in message
 
 
 def test_given_base_that_does_not_exist_is_named(load, damaged):
-    assert "'/no/such/base'" in message_of(load, damaged, "/no/such/base")
+    assert "--model-base /no/such/base: no such folder" in message_of(load, damaged, "/no/such/base")
 
 
 def test_adapter_that_names_no_base_asks_for_one(load, damaged, base):

@@ -10,6 +10,8 @@ from llava_mixlora.patches.llava_train import _train_checked
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
+from llava_mixlora.adapters.adapter_record import read_record
+
 EMBEDDINGS = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
 
 
@@ -91,5 +93,5 @@ def test_saved_adapter_tells_its_base(train, llava_folder, tmp_path):
         model.save_pretrained(tmp_path / "adapter")
 
     train(body)
-    assert str(llava_folder) in (tmp_path / "adapter" / "base_model.json").read_text()
+    assert read_record(tmp_path / "adapter").base.name_or_path == str(llava_folder)
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").pad_token == "[PAD]"

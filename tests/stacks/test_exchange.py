@@ -17,7 +17,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from llava_mixlora.adapters.adapter_folder import base_model_of, read_non_lora_trainables
+from llava_mixlora.adapters.adapter_folder import read_non_lora_trainables
+from llava_mixlora.adapters.model_places import base_model_of
 from llava_mixlora.inference.loading import load_for_inference
 
 from ..end_to_end.training import ALONE, PLUGIN, train, write_inputs

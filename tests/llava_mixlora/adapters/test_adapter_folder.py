@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from llava_mixlora import MixLoraConfig, MixLoraError
 from llava_mixlora.adapters.adapter_folder import (
     NON_LORA_TRAINABLES,
-    base_model_of,
     check_adapter,
     is_mixlora_adapter,
     read_non_lora_trainables,
@@ -44,36 +43,6 @@ def test_anything_else_is_not(tmp_path, content):
 def test_missing_folder_and_hub_names_are_not(tmp_path):
     assert not is_mixlora_adapter(tmp_path / "missing")
     assert not is_mixlora_adapter("liuhaotian/llava-v1.5-7b")
-
-
-def test_recorded_base_is_inferred(folder):
-    assert base_model_of(folder) == str(folder.parent / "base")
-
-
-def test_given_base_wins(folder, tmp_path):
-    change(folder, base_model_name_or_path="/no/such/base")
-    assert base_model_of(folder, str(tmp_path)) == str(tmp_path)
-
-
-def test_hub_names_pass_unchecked(folder):
-    assert base_model_of(folder, "lmsys/vicuna-7b-v1.5") == "lmsys/vicuna-7b-v1.5"
-
-
-@pytest.mark.parametrize("recorded", [None, ""])
-def test_no_recorded_base_asks_for_one(folder, recorded):
-    change(folder, base_model_name_or_path=recorded)
-    with pytest.raises(MixLoraError, match="names no base model; pass --model-base"):
-        base_model_of(folder)
-
-
-@pytest.mark.parametrize("gone", ["/no/such/base", "./gone", "~/gone", "a/b/c", "gone"])
-def test_local_base_that_is_gone_is_named_with_its_origin(folder, gone):
-    change(folder, base_model_name_or_path=gone)
-    with pytest.raises(MixLoraError, match="adapter_config.json") as error:
-        base_model_of(folder)
-    assert repr(gone) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(MixLoraError, match="named by --model-base"):
-        base_model_of(folder, gone)
 
 
 def test_intact_weights_pass(folder):

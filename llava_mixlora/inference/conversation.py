@@ -1,0 +1,30 @@
+"""The conversation template that a model is asked with: that of its training, where nobody says another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..adapters.adapter_record import read_record
+
+SAME = {"vicuna_v1": "v1"}
+"""Templates that upstream has under two names."""
+
+
+def conversation_of(model_path: str | Path, said: str | None, flag: str, otherwise: str) -> str:
+    """The template to ask a model with, by its name in `llava.conversation.conv_templates`.
+
+    One line is printed where the user says another than the model was trained with.
+
+    Args:
+        model_path: folder of the adapter or model, or a hub name.
+        said: what the user says; None for nothing.
+        flag: how the user says it.
+        otherwise: the template where the model has no record.
+    """
+    record = read_record(model_path)
+    recorded = None if record is None else record.conversation
+    if said is None:
+        return recorded or otherwise
+    if recorded is not None and SAME.get(said, said) != SAME.get(recorded, recorded):
+        print(f"note: {flag} {said}: {model_path} was trained with {recorded}; {said} is used, as you say", flush=True)
+    return said
