@@ -19,6 +19,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from ..adapters.adapter_folder import NON_LORA_TRAINABLES, is_mixlora_adapter, read_config
+from ..adapters.fingerprints import weights_fingerprint
 from ..errors import MixLoraError
 from ..inputs import read_json
 from ..method.config import MixLoraConfig
@@ -186,7 +187,7 @@ def _fingerprint(samples: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
 
 
 def _content(path: Any) -> str | None:
-    """A checksum of a file; of a model's folder, that of its configuration and of its weights' names and sizes."""
+    """A checksum of a file; of a model's folder, that of its configuration and of its weights' fingerprint."""
     if not isinstance(path, str) or not Path(path).expanduser().exists():
         return None
     place = Path(path).expanduser()
@@ -195,9 +196,7 @@ def _content(path: Any) -> str | None:
     digest = hashlib.sha256()
     if (place / "config.json").is_file():
         digest.update((place / "config.json").read_bytes())
-    for pattern in ("*.safetensors", "*.bin"):
-        for file in sorted(place.glob(pattern)):
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    digest.update((weights_fingerprint(place) or "").encode())
     return digest.hexdigest()
 
 

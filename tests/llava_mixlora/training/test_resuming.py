@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
 from llava_mixlora import MixLoraConfig
@@ -219,16 +220,16 @@ def test_adapter_of_another_kind_is_refused_both_ways(output, describe):
 
 
 def test_base_that_lies_elsewhere_now_goes_on_and_another_one_does_not(tmp_path, describe):
-    def model(name, weight):
+    def model(name, value):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text('{"model_type": "llama"}')
-        torch.save(torch.zeros(weight), folder / "pytorch_model.bin")
+        save_file({"up_proj.weight": torch.full((8, 8), value)}, folder / "model.safetensors")
         return f"--model_name_or_path={folder}"
 
-    leave(tmp_path / "out", describe(model("a", 1000)))
-    assert check_resuming(tmp_path / "out", describe(model("b", 1000)), MixLoraConfig(**ADAPTER)) == []
-    said = message_of(check_resuming, tmp_path / "out", describe(model("c", 2000)), MixLoraConfig(**ADAPTER))
+    leave(tmp_path / "out", describe(model("a", 1.0)))
+    assert check_resuming(tmp_path / "out", describe(model("b", 1.0)), MixLoraConfig(**ADAPTER)) == []
+    said = message_of(check_resuming, tmp_path / "out", describe(model("c", 2.0)), MixLoraConfig(**ADAPTER))
     assert "--model_name_or_path" in said and str(tmp_path / "c") in said
 
 
