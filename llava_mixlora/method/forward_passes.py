@@ -324,6 +324,7 @@ class _OneGeneration:
             # Routes are made of the whole prompt in every layer, so there is nothing to save by its parts.
             kwargs["prefill_chunk_size"] = None
         with generation(_prompt_length(self.model, args, kwargs)):
+            _state.generation.images = _no_images(self.model, args, kwargs)
             return self.__wrapped__(*args, **kwargs)
 
 
@@ -337,9 +338,24 @@ def _prompt_length(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     if _is_encoder_decoder(model):
         start = kwargs.get("decoder_input_ids")
         return start.shape[1] if isinstance(start, Tensor) else None
+    given = _given_tokens(args, kwargs)
+    return None if given is None else given.shape[1]
+
+
+def _given_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The token ids [B, S] that a generation is given."""
     given = kwargs.get("input_ids")
     given = kwargs.get("inputs", args[0] if args else None) if given is None else given
-    return given.shape[1] if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] else None
+    return given if isinstance(given, Tensor) and given.ndim == 2 and given.shape[1] else None
+
+
+def _no_images(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """All False [B, S] where a prompt is text alone: a LLaVA's forward passes see embeddings, and could not tell."""
+    given = _given_tokens(args, kwargs)
+    if given is None:
+        return None
+    images, unknown = image_positions(model, {**kwargs, "input_ids": given}, tuple(given.shape))
+    return torch.zeros_like(given, dtype=torch.bool) if images is None and unknown is None else None
 
 
 @torch.compiler.disable

@@ -181,6 +181,16 @@ def test_text_without_an_image_is_routed_too(llava, form):
 
 
 @each_form
+def test_text_without_an_image_is_answered_as_it_is_routed(llava, form):
+    """generate() gives the layers embeddings alone, of which nothing but its own arguments tells that they are text."""
+    model, ids = adapt(llava, **form), random_ids(2, 6)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for images in ({}, {"images": None}):
+        answer = model.generate(inputs=ids, **images, **options)
+        assert torch.equal(answer[:, 0], model(input_ids=ids).logits[:, -1].argmax(dim=-1))
+
+
+@each_form
 def test_conversation_about_an_image_is_answered_as_it_was_trained(llava, instances, form):
     """The second question's prompt quotes the first answer, in training by its labels and here by a mask."""
     rows, images = instances
