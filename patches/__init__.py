@@ -18,8 +18,10 @@ from . import (
     llava_trainer_checkpoints,
     llava_trainer_evaluation,
     llava_trainer_init_from,
+    peft_peft_model,
     peft_save_and_load,
     transformers_config,
+    transformers_peft,
     transformers_trainer,
 )
 from .patch import KINDS, Patch, PatchError
@@ -40,7 +42,9 @@ PATCHES: tuple[Patch, ...] = (
     *llava_train_evaluation.PATCHES,
     *llava_train_saving.PATCHES,
     *llava_model_worker.PATCHES,
+    *peft_peft_model.PATCHES,
     *transformers_config.PATCHES,
+    *transformers_peft.PATCHES,
     *deepspeed_zero3.PATCHES,
 )
 

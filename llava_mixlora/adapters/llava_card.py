@@ -27,5 +27,6 @@ from llava.model.builder import load_pretrained_model
 tokenizer, model, image_processor, _ = load_pretrained_model("ADAPTER", None, "llava-mixlora")
 ```
 
-The projector was trained beside the adapter and lies in `{NON_LORA_TRAINABLES}`: with `PeftModel.from_pretrained` alone
-the base's stays in its place. Without `import llava_mixlora`, PEFT ends with `KeyError: 'MIXLORA'`."""
+The projector was trained beside the adapter and lies in `{NON_LORA_TRAINABLES}`. After `patches.apply()`,
+`PeftModel.from_pretrained` and `AutoPeftModelForCausalLM` put it into a LLaVA too; without, the base's stays in its place.
+Without `import llava_mixlora`, PEFT ends with `KeyError: 'MIXLORA'`."""
