@@ -1,13 +1,19 @@
-"""`llava.serve.model_worker`: a worker that goes on after requests that fail, take long, or lose their client."""
+"""`llava.serve.model_worker`: a worker that goes on after requests that fail, take long, or lose their client.
+
+And that routes the last question of a conversation as in training.
+"""
 
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
-from .patch import FAULT, Patch
+from llava_mixlora.data.chat_prompt import noting_prompts, routed_by_turns
+
+from .patch import FAULT, METHOD, Patch
 
 MODULE = "llava.serve.model_worker"
 
@@ -53,14 +59,18 @@ def _stream_without_time_limit(original: type) -> type:
 
 def _end_stream_with_thread(original: type) -> Callable[..., Any]:
     def Thread(target: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        return original(target=functools.partial(_generate, target), kwargs=kwargs, daemon=True)
+        routed = routed_by_turns(kwargs["inputs"])  # this thread, not the new one, has tokenized the prompt
+        return original(target=functools.partial(_generate, target, routed), kwargs=kwargs, daemon=True)
 
     return Thread
 
 
-def _generate(generate: Callable[..., Any], streamer: AnswerStream, **kwargs: Any) -> None:
+def _generate(
+    generate: Callable[..., Any], routed: AbstractContextManager[None], streamer: AnswerStream, **kwargs: Any
+) -> None:
     try:
-        generate(streamer=streamer, **kwargs)
+        with routed:
+            generate(streamer=streamer, **kwargs)
     except ClientGoneError:
         pass
     except BaseException as failure:
@@ -127,6 +137,14 @@ PATCHES = (
         kind=FAULT,
         why="a generation that fails in its thread would leave its request, which cannot know, waiting",
         replace=_end_stream_with_thread,
+        program=True,
+    ),
+    Patch(
+        f"{MODULE}:tokenizer_image_token",
+        kind=METHOD,
+        why="only the text of a prompt tells the answers in it, after which a chat's question is routed by itself",
+        replace=noting_prompts,
+        parameters=("prompt", "tokenizer"),
         program=True,
     ),
     Patch(

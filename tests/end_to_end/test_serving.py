@@ -1,5 +1,6 @@
 """Upstream's controller, model worker and command line, as real processes, with a MixLoRA adapter on the CPU."""
 
+import ast
 import base64
 import json
 import socket
@@ -10,6 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+import torch
+
+from llava_mixlora import known_prompt
 
 from ..tiny import draw_pictures, write_adapter
 from .training import environment
@@ -19,6 +23,7 @@ PROMPT = "A chat. USER: <image>\nwhat color is the shape? ASSISTANT:"
 AT_ONCE = 2  # requests that the worker answers at the same time; more of them wait
 PICTURES = 8
 TOKENS = 8
+CHAT = ("what color is the shape?", "is it red or green?", "a human and an assistant chat")
 
 
 class Servers:
@@ -102,7 +107,7 @@ def wait_until(condition, seconds):
 @pytest.fixture(scope="module")
 def place(llava_folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("serving")
-    write_adapter(llava_folder, place / NAME)
+    write_adapter(llava_folder, place / NAME, router_scope="instruction")
     draw_pictures(place, PICTURES)
     return place
 
@@ -212,21 +217,88 @@ def test_worker_goes_on_without_its_controller_and_comes_back_to_a_new_one(serve
     assert servers.ask(1) == alone[1]
 
 
+def test_worker_answers_a_conversation_as_the_chat_does(servers, chat):
+    for turn in chat:
+        chunks = servers.post({**servers.request(0), "prompt": turn["prompt"]}).content.split(b"\0")
+        answered = json.loads(chunks[-2])["text"]
+        assert answered.removeprefix(turn["prompt"]).strip() == turn["outputs"]
+
+
 def test_servers_end_when_they_are_told_to(servers):
     for name in list(servers.processes):
         servers.stop(name)
 
 
-def test_command_line_answers_a_question_and_ends(place):
+# --- llava.serve.cli
+
+
+@pytest.fixture(scope="module")
+def chat(place):
+    """The turns of a chat on the command line: of each its prompt, and the answer that the history keeps."""
     words = [f"--model-path={place / NAME}", f"--image-file={place / '0.png'}", "--device=cpu", "--temperature=0"]
+    words += ["--max-new-tokens=8", "--debug"]
     done = subprocess.run(
-        [sys.executable, "-m", "llava_mixlora", "run", "-m", "llava.serve.cli", *words, "--max-new-tokens=8"],
-        input="what color is the shape?\n",
+        [sys.executable, "-m", "llava_mixlora", "run", "-m", "llava.serve.cli", *words],
+        input="\n".join(CHAT) + "\n",
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    answer = done.stdout.partition("ASSISTANT: ")[2].partition("USER: ")[0]
-    assert answer.strip() and done.stdout.rstrip().endswith("exit...")
+    assert done.stdout.rstrip().endswith("exit...")
+    return [ast.literal_eval(line.strip()) for line in done.stdout.splitlines() if line.startswith(" {'prompt'")]
+
+
+@pytest.fixture(scope="module")
+def answer(place, patched):
+    """Answers the last question of a conversation in this process; others before it as the labels of training say."""
+    from llava import conversation
+    from llava.mm_utils import process_images, tokenizer_image_token
+    from llava.model.builder import load_pretrained_model
+    from llava.train import train
+    from PIL import Image
+
+    tokenizer, model, processor, _ = load_pretrained_model(str(place / NAME), None, NAME, device="cpu")
+    images = process_images([Image.open(place / "0.png")], processor, model.config).half()
+    tokenizer.pad_token, tokenizer.model_max_length = tokenizer.unk_token, 2048  # as in training
+    template = conversation.conv_templates["llava_v1"]
+
+    def answer(*turns, told=True):
+        conversation.default_conversation = template
+        speakers = ("human", "gpt") * len(turns)
+        turns = [f"<image>\n{turns[0]}", *turns[1:], "yes"]
+        source = [{"from": speaker, "value": text} for speaker, text in zip(speakers, turns)]
+        labels = train.preprocess([source], tokenizer, has_image=True)["labels"]
+        asked = template.copy()
+        for role, text in zip(asked.roles * len(turns), [*turns[:-1], None]):
+            asked.append_message(role, text)
+        ids = tokenizer_image_token(asked.get_prompt(), tokenizer, return_tensors="pt").unsqueeze(0)
+        answered = labels[:, : ids.shape[1]] != -100
+        options = {"images": images, "do_sample": False, "max_new_tokens": 8}
+        with torch.inference_mode(), known_prompt(answers=answered if told else torch.zeros_like(answered)):
+            return tokenizer.decode(model.generate(ids, **options)[0], skip_special_tokens=True).strip()
+
+    return answer
+
+
+def test_chat_keeps_its_answers(chat):
+    from llava.conversation import conv_templates
+
+    history = conv_templates["llava_v1"].copy()
+    for question, turn in zip((f"<image>\n{CHAT[0]}", *CHAT[1:]), chat, strict=True):
+        history.append_message(history.roles[0], question)
+        history.append_message(history.roles[1], None)
+        assert turn["prompt"] == history.get_prompt() and turn["outputs"]
+        history.messages[-1][-1] = turn["outputs"]
+
+
+def test_later_turn_is_answered_as_a_fresh_prompt_whose_last_question_is_routed_as_in_training(chat, answer):
+    turns, as_one_question = [], []
+    for question, turn in zip(CHAT, chat, strict=True):
+        turns.append(question)
+        assert turn["outputs"] == answer(*turns)
+        as_one_question.append(answer(*turns, told=False))
+        turns.append(turn["outputs"])
+    assert as_one_question[0] == chat[0]["outputs"]
+    assert as_one_question[1:] != [turn["outputs"] for turn in chat[1:]], "the model does not tell the routes apart"
