@@ -19,6 +19,7 @@ from .config import MixLoraConfig
 from .forward_passes import scope_of_layer
 from .layer_merging import MergeableLayer
 from .layer_settings import LayerSettings
+from .lora_only import OfLoraLayers
 from .mixture import (
     Route,
     conditional_scores,
@@ -56,7 +57,7 @@ class _Routed(NamedTuple):
     segments: Segments | None
 
 
-class MixLoraLayer(MergeableLayer, nn.Module, BaseTunerLayer):
+class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
     """Any linear layer plus, for each active adapter, the conditional update Δy = ((x Aᵀ) C) B.
 
     The base layer is only ever called, so how it stores its weight (float, 4-bit, 8-bit, ...) does not matter.

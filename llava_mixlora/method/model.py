@@ -18,6 +18,7 @@ from . import forward_passes
 from .config import MixLoraConfig
 from .layer import MixLoraLayer, MixLoraLinear
 from .layer_settings import LayerSettings
+from .lora_only import OfLoraModels
 from .mixture import Route
 from .offloading import bring_back, device_of_adapter
 from .registration import BaseTuner, BaseTunerLayer
@@ -33,7 +34,7 @@ BASE_MODEL = "__base__"
 """PEFT's name, in `adapter_names`, for an instance without an adapter."""
 
 
-class MixLoraModel(BaseTuner):
+class MixLoraModel(OfLoraModels, BaseTuner):
     """A model whose targeted linear layers are [`MixLoraLayer`]s; made by `peft.get_peft_model`.
 
     Raises:

@@ -43,7 +43,15 @@ def image_positions(
     sees = placeholders or any(
         getattr(config, name, None) for name in ("vision_config", "mm_vision_tower", "audio_config")
     )
-    return None, f"{type(model).__name__} is given inputs_embeds without the token ids" if sees else None
+    if not sees:
+        return None, None
+    # LLaVA's own classes make the embeddings themselves, and what they put where only the plugin's patches tell.
+    of_llava = "; for LLaVA's own models call llava_mixlora.patches.apply() first" if _is_llava(config) else ""
+    return None, f"{type(model).__name__} is given inputs_embeds without the token ids{of_llava}"
+
+
+def _is_llava(config: Any) -> bool:
+    return getattr(config, "mm_vision_tower", None) is not None
 
 
 def _placeholders(config: Any) -> list[int]:
