@@ -1,6 +1,6 @@
 """`llava.model.builder`: adapters that stay adapters (a plain LoRA with `keep_adapter`), models that answer batches.
 
-And models that load where flash attention is asked for and cannot be had.
+And models that load whatever their folder is called, and where flash attention is asked for and cannot be had.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from llava_mixlora.adapters.adapter_folder import (
 from llava_mixlora.adapters.adapter_record import RECORD, read_record
 from llava_mixlora.adapters.base_check import check_base, check_tower
 from llava_mixlora.adapters.config_file import config_of
+from llava_mixlora.adapters.loader_names import loader_name
 from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
 from llava_mixlora.adapters.model_places import base_model_of, vision_tower_of
 from llava_mixlora.attention import FLASH, available_attention
@@ -181,6 +182,19 @@ def _flash_attention_where_it_runs(original: Callable[..., Loaded]) -> Callable[
     return load_pretrained_model
 
 
+def _by_model_type(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
+    @functools.wraps(original)
+    def load_pretrained_model(
+        model_path: str, model_base: str | None, model_name: str, *args: Any, **kwargs: Any
+    ) -> Loaded:
+        kind = (config_of(model_path) or {}).get("model_type")
+        on_hub = not Path(model_path).is_dir()  # where the name alone tells an adapter from a projector
+        is_adapter = "lora" in model_name.lower() and model_base is not None if on_hub else _is_adapter(model_path)
+        return original(model_path, model_base, loader_name(kind, is_adapter) or model_name, *args, **kwargs)
+
+    return load_pretrained_model
+
+
 PATCHES = (
     Patch(
         "llava.model.builder:load_pretrained_model",
@@ -201,5 +215,12 @@ PATCHES = (
         kind=FAULT,
         why="use_flash_attn, which model_worker has a flag for, fails where flash-attn is not installed or sees no GPU",
         replace=_flash_attention_where_it_runs,
+    ),
+    Patch(
+        "llava.model.builder:load_pretrained_model",
+        kind=FAULT,
+        why="upstream takes a model for a LLaVA, of a Llama, a Mistral or an MPT, by its folder's name",
+        replace=_by_model_type,
+        parameters=("model_path", "model_base", "model_name"),
     ),
 )

@@ -77,6 +77,15 @@ def _generate(
         streamer.fail(failure)
 
 
+def _see_what_the_model_sees(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.is_multimodal = self.image_processor is not None
+
+    return __init__
+
+
 def _refuse_missing_images(original: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[bytes]]:
     @functools.wraps(original)
     def generate_stream(self: Any, params: Any) -> Iterator[bytes]:
@@ -84,7 +93,7 @@ def _refuse_missing_images(original: Callable[..., Iterator[bytes]]) -> Callable
 
         places = params["prompt"].count(DEFAULT_IMAGE_TOKEN)
         if places and not (self.is_multimodal and params.get("images")):
-            why = "the request has none" if self.is_multimodal else f"{self.model_name!r} does not say 'llava'"
+            why = "the request has none" if self.is_multimodal else f"{self.model_name!r} sees none"
             raise ValueError(f"the prompt has places for {places} images, but {why}")
         yield from original(self, params)
 
@@ -145,6 +154,13 @@ PATCHES = (
         why="only the text of a prompt tells the answers in it, after which a chat's question is routed by itself",
         replace=noting_prompts,
         parameters=("prompt", "tokenizer"),
+        program=True,
+    ),
+    Patch(
+        f"{MODULE}:ModelWorker.__init__",
+        kind=FAULT,
+        why="upstream takes no images for a model whose folder does not say 'llava'",
+        replace=_see_what_the_model_sees,
         program=True,
     ),
     Patch(

@@ -28,6 +28,7 @@ from ..adapters.adapter_folder import (
 from ..adapters.adapter_record import RECORD
 from ..adapters.base_check import check_base, record_of_merged
 from ..adapters.config_file import absolute
+from ..adapters.loader_names import misleading
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
 from ..adapters.model_places import base_model_of
@@ -99,7 +100,19 @@ def _merge(given: argparse.Namespace) -> None:
     source, choices = _source(given), choices_of(given)
     report = merge(given.model_path, given.model_base, given.save_model_path, given.method, source, choices)
     print("\n".join(report.lines()))
-    print(f"Wrote {given.save_model_path}, with merge_report.json. LLaVA loads it as it is, with no --model-base.")
+    print(f"Wrote {given.save_model_path}, with merge_report.json. {_how_to_load(Path(given.save_model_path))}")
+
+
+def _how_to_load(merged: Path) -> str:
+    elsewhere = misleading(merged, read_json(merged / "config.json").get("model_type"))
+    if elsewhere is None:
+        loads = "LLaVA loads it with no --model-base."
+    else:
+        loads = f"LLaVA, without the plugin, goes by a folder's name, and {elsewhere}."
+    return (
+        f"{loads} By the name its programs choose the conversation template too, unless --conv-mode says that of the "
+        "training."
+    )
 
 
 def _export_lora(given: argparse.Namespace) -> None:

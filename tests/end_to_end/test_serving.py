@@ -18,7 +18,7 @@ from llava_mixlora import known_prompt
 from ..tiny import draw_pictures, write_adapter
 from .training import environment
 
-NAME = "llava-v1-tiny-mixlora"
+NAME = "tiny-v1-mixlora"  # upstream serves only what is called "llava"
 PROMPT = "A chat. USER: <image>\nwhat color is the shape? ASSISTANT:"
 AT_ONCE = 2  # requests that the worker answers at the same time; more of them wait
 PICTURES = 8

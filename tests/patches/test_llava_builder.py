@@ -222,6 +222,19 @@ def test_plain_llava_is_loaded_by_upstream(load, base):
     assert model(input_ids=ids).logits.shape == (1, 4, model.config.vocab_size)
 
 
+@pytest.mark.parametrize("name", ["finetuned", "llava-mpt-like", "not-mistral", "llava-lora-merged"])
+def test_whole_model_loads_whatever_its_folder_is_called(load, base, tmp_path, name):
+    folder = shutil.copytree(base, tmp_path / name)
+    _, model, image_processor, _ = load(folder, None, name)
+    assert type(model).__name__ == "LlavaLlamaForCausalLM" and image_processor is not None
+
+
+def test_plain_lora_loads_whatever_its_folder_is_called(load, base, tmp_path):
+    write_adapter(base, tmp_path / "out", LoraConfig(r=2, target_modules=NAMES, task_type="CAUSAL_LM"))
+    _, model, image_processor, _ = load(tmp_path / "out", str(base), "out")
+    assert not isinstance(model, PeftModel) and image_processor is not None
+
+
 @pytest.mark.parametrize("asked", [{"use_flash_attn": True}, {"attn_implementation": "flash_attention_2"}])
 def test_flash_attention_that_cannot_be_had_is_one_line_and_sdpa(load, adapter, capsys, asked):
     _, model, _, _ = load(adapter, **asked)

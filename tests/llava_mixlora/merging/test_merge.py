@@ -111,13 +111,20 @@ def run(program, *arguments):
 @pytest.mark.slow
 def test_merged_checkpoint_serves_where_the_plugin_is_absent(base, adapter, images, tmp_path, capsys):
     assert main(["merge", "--model-path", str(adapter), "--save-model-path", str(tmp_path / "llava-merged")]) == 0
-    assert "mean over the layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mean over the layers" in printed and "LLaVA loads it with no --model-base." in printed
     run(GENERATE, images, tmp_path / "llava-merged", tmp_path / "logits.pt")
     model = PeftModel.from_pretrained(with_projector(base, adapter), adapter)
     dynamic = logits(model, images)
     merged = logits(model.merge_and_unload(), images)
     assert_same(torch.load(tmp_path / "logits.pt"), merged)
     assert (dynamic - merged).abs().max() > 1e-3 * merged.abs().max()
+
+
+def test_merge_into_a_folder_that_llava_takes_for_something_else_says_what_to_call_it(adapter, tmp_path, capsys):
+    assert main(["merge", "--model-path", str(adapter), "--save-model-path", str(tmp_path / "finetuned")]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert "'finetuned' has no 'llava'; rename it, such as to 'llava-finetuned'" in told and "--conv-mode" in told
 
 
 def test_merged_checkpoint_in_shards_is_the_same(base, adapter, images, tmp_path, monkeypatch):
