@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from llava_mixlora.adapters.whole_model import loading_whole_models
+
 from .patch import COMPATIBILITY, FAULT, Patch
 
 NEVER_QUANTIZED = ["mm_projector", "vision_tower", "vision_resampler"]
@@ -101,5 +103,12 @@ PATCHES = (
         why="the builder passes load_in_8bit outside of a quantization_config, where transformers 5 does not know it, "
         "and where no one can leave the projector out",
         replace=_load_in_8bit_as_configuration,
+    ),
+    Patch(
+        "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
+        kind=FAULT,
+        why="transformers, AutoModelForCausalLM too, takes an adapter for a whole model by the config.json that LLaVA "
+        "puts beside it, and ends with weights that are missing",
+        replace=loading_whole_models,
     ),
 )

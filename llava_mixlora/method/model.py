@@ -24,6 +24,7 @@ from .offloading import bring_back, device_of_adapter
 from .registration import BaseTuner, BaseTunerLayer
 from .shared_sums import follow_loading, has_counted
 from .tensor_names import PEFT_PREFIX
+from .unpickling import know_outputs_to_record
 from .word_centre import WORDS, add_word_sums, remove_word_sums, width_of_words, word_adapters, word_sums
 
 USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
@@ -50,6 +51,10 @@ class MixLoraModel(OfLoraModels, BaseTuner):
         dict.fromkeys(("llama", "llava_llama", "mistral", "llava_mistral"), LLAMA_LINEAR_LAYERS),
         TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        know_outputs_to_record(self)
 
     def routes(self, adapter_name: str = "default") -> dict[str, Route]:
         """The route that each adapted layer took in its last forward pass, by layer name (see [`Route`])."""
