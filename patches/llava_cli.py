@@ -31,25 +31,27 @@ def _prompt_and_answer(generate: Callable[..., Tensor], tokenizer: Any, inputs: 
     with routed_by_turns(inputs):
         answer = generate(inputs, **kwargs)
     stops = [word for criteria in kwargs.get("stopping_criteria", ()) for word in getattr(criteria, "keywords", ())]
-    return torch.cat([inputs, answer[:, : _length_of_text(tokenizer, answer[0], stops)]], dim=1)
+    return torch.cat([inputs, _of_text(tokenizer, answer[0], stops).unsqueeze(0)], dim=1)
 
 
-def _length_of_text(tokenizer: Any, answer: Tensor, stops: list[str]) -> int:
-    """How many tokens of an answer tell its text: without special tokens and stop words at its end.
+def _of_text(tokenizer: Any, answer: Tensor, stops: list[str]) -> Tensor:
+    """The tokens of an answer [N] that tell its text: no special ones around it, nor a stop word at its end.
 
-    The template puts those behind an answer itself.
+    The template puts those there itself.
     """
 
-    def text(length: int) -> str:
-        return tokenizer.decode(answer[:length], skip_special_tokens=True).rstrip()
+    def text(end: int) -> str:
+        return tokenizer.decode(answer[:end], skip_special_tokens=True).rstrip()
 
-    length = len(answer)
-    whole = text(length)
+    begin, end = 0, len(answer)
+    whole = text(end)
     for stop in filter(None, stops):
         whole = whole.removesuffix(stop).rstrip()
-    while length and text(length - 1).startswith(whole):
-        length -= 1
-    return length
+    while end and text(end - 1).startswith(whole):
+        end -= 1
+    while begin < end and int(answer[begin]) in tokenizer.all_special_ids:  # transformers 4.37 begins with one
+        begin += 1
+    return answer[begin:end]
 
 
 PATCHES = (

@@ -187,7 +187,8 @@ def test_text_without_an_image_is_answered_as_it_is_routed(llava, form):
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for images in ({}, {"images": None}):
         answer = model.generate(inputs=ids, **images, **options)
-        assert torch.equal(answer[:, 0], model(input_ids=ids).logits[:, -1].argmax(dim=-1))
+        first = answer[:, answer.shape[1] - 4]  # transformers 4.37 adds one in front
+        assert torch.equal(first, model(input_ids=ids).logits[:, -1].argmax(dim=-1))
 
 
 @each_form

@@ -37,9 +37,12 @@ def test_answered_tokens_are_those_that_training_supervises(tokenizer, monkeypat
 
     monkeypatch.setattr(conversation, "default_conversation", conversation.conv_templates[template])
     source = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(TURNS)]
-    prepared = train.preprocess([source], tokenizer, has_image=True)
+    supervised = train.preprocess([source], tokenizer, has_image=True)["labels"] != -100
+    if tokenizer("red ").input_ids == tokenizer("red").input_ids:
+        # Before transformers 5 this one drops a space at the end, which upstream takes off the question all the same.
+        supervised[:, 1:] &= supervised[:, :-1].clone()
     answered = answered_tokens(prompt_of(template, *TURNS), tokenizer)
-    assert answered.any() and torch.equal(answered, prepared["labels"] != -100)
+    assert answered.any() and torch.equal(answered, supervised)
     asked = answered_tokens(prompt_of(template, *TURNS[:-1]), tokenizer)
     assert asked.sum() < answered.sum() and torch.equal(asked, answered[:, : asked.shape[1]] & _until(asked, answered))
 
