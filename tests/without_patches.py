@@ -38,7 +38,10 @@ CLOSEST = {
     "llava_train_evaluation": ["end_to_end/test_held_out.py"],
     "llava_trainer_evaluation": ["end_to_end/test_held_out.py"],
     "llava_trainer_init_from": ["end_to_end/test_init_from.py"],
+    "llava_cli": ["patches/test_llava_cli.py", "end_to_end/test_serving.py"],
     "llava_model_worker": ["end_to_end/test_serving.py"],
+    "peft_peft_model": ["llava_mixlora/adapters/test_trained_beside.py"],
+    "transformers_peft": ["llava_mixlora/adapters/test_trained_beside.py"],
     "llava_trainer_checkpoints LLaVATrainer.train transformers<5": [
         "end_to_end/test_checkpoints.py::test_run_killed_after_its_last_step_makes_no_further_step"
     ],
