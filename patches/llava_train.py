@@ -19,6 +19,7 @@ from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL, is_mix
 from llava_mixlora.adapters.adapter_record import AdapterRecord
 from llava_mixlora.adapters.config_file import absolute, config_of
 from llava_mixlora.attention import available_attention
+from llava_mixlora.data.kept_calibration import SAMPLES, check_count
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.folder_lock import locked
 from llava_mixlora.method.config import MixLoraConfig
@@ -122,6 +123,13 @@ class MixLoraArguments:
             "projector go on; of a plain LoRA, its projector. What no flag says is as in the adapter, its base too."
         },
     )
+    mixlora_calibration_samples: int = field(
+        default=SAMPLES,
+        metadata={
+            "help": "How many samples of --data_path are kept beside the adapter (texts and names of images), for "
+            "merging. Default: 512; 0 keeps none."
+        },
+    )
     mixlora_preset: Optional[str] = field(
         default=None,
         metadata={
@@ -136,6 +144,7 @@ class MixLoraArguments:
             if self.mixlora_task_loss_weight:
                 self._find_tasks()
             self.mixlora_config()  # names a bad value now, not after the model is loaded
+            check_count(self.mixlora_calibration_samples)
         super().__post_init__()
         if (running := _running_train.get()) is not None:
             running.arguments = self

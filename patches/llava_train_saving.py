@@ -6,15 +6,19 @@ Its final output and its checkpoints are written through these functions.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llava_mixlora.data.kept_calibration import KEPT, keep_calibration
+from llava_mixlora.training.given_flags import given_flags
+from llava_mixlora.training.run_data import UPSTREAM_DEFAULTS
 from llava_mixlora.training.run_record import run_record
 from llava_mixlora.training.saved_tensors import beside_the_adapter, with_the_adapter
 
-from .llava_train import running_train
-from .patch import FAULT, Patch
+from .llava_train import RunningTrain, running_train
+from .patch import FAULT, METHOD, Patch
 
 State = dict[str, Any]
 
@@ -75,6 +79,29 @@ def _save_what_loading_takes(original: Callable[..., None]) -> Callable[..., Non
     return save_pretrained
 
 
+def _keep_samples(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, save_directory, *args, **kwargs)
+        running = running_train()
+        if running is not None and running.data is not None and running.arguments.mixlora_enable:
+            _keep(Path(save_directory), running)
+
+    return save_pretrained
+
+
+def _keep(folder: Path, running: RunningTrain) -> None:
+    given, data = {**UPSTREAM_DEFAULTS, **given_flags(sys.argv[1:])}, running.data.training
+    count, seed = running.arguments.mixlora_calibration_samples, running.arguments.seed
+    keep_calibration(folder, data.samples, count, data.path, given.get("image_folder"), given["version"], seed)
+    if count and folder.absolute() == Path(running.arguments.output_dir).absolute():
+        print(
+            f"{KEPT}: {min(count, data.usable)} samples of {data.path} are kept beside the adapter for merging (texts "
+            "and names of images); --mixlora_calibration_samples 0 keeps none",
+            flush=True,
+        )
+
+
 PATCHES = (
     Patch(
         "llava.train.train:get_peft_state_maybe_zero_3",
@@ -110,6 +137,13 @@ PATCHES = (
         why="an adapter names its base by a name alone, under which another model may lie, does not tell its template, "
         "and lacks new tokens",
         replace=_save_what_loading_takes,
+        parameters=("save_directory",),
+    ),
+    Patch(
+        "peft:PeftModel.save_pretrained",
+        kind=METHOD,
+        why="merging makes a static stand-in for a MixLoRA adapter from data, and judges it by them",
+        replace=_keep_samples,
         parameters=("save_directory",),
     ),
 )

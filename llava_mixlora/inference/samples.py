@@ -99,6 +99,21 @@ def batches(samples: list[dict], loaded: Loaded, given: SampleSource, title: str
         yield with_images(loaded[1], batch)
 
 
+def endless_batches(samples: list[dict], loaded: Loaded, given: SampleSource, seed: int = 0) -> Iterator[Batch]:
+    """As [`batches`], the samples in a new random order as often as they are asked for; each batch is full.
+
+    Where there are fewer samples than `given.batch_size`, batches have so many.
+    """
+    dataset, collate = training_data(samples, loaded, given.image_folder, given.version)
+    draw, waiting = random.Random(seed), []
+    size = min(given.batch_size, len(samples))
+    while True:
+        while len(waiting) < size:
+            waiting += draw.sample(range(len(samples)), len(samples))
+        yield with_images(loaded[1], collate([dataset[number] for number in waiting[:size]]))
+        del waiting[:size]
+
+
 def training_data(
     samples: list[dict], loaded: Loaded, image_folder: str | Path | None, version: str
 ) -> tuple[Any, Callable[[list[dict[str, Any]]], Batch]]:

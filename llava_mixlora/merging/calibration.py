@@ -1,4 +1,4 @@
-"""Static updates made from data, and how near they come on other data of the same kind.
+"""Static updates made layer by layer from data.
 
 The dynamic model reads conversations in LLaVA's format, through LLaVA's own data code, with the routes that it would
 take in use. What its layers see is summed (see `static_core`); a part of the data is kept apart to judge the result.
@@ -6,26 +6,24 @@ take in use. What its layers see is summed (see `static_core`); a part of the da
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.conversations import read_conversations
+from ..data.drawing import drawn_evenly
+from ..data.images import check_images
+from ..data.kept_calibration import KEPT, kept_calibration
 from ..errors import MixLoraError
 from ..inference.grouping import groups_within
 from ..inference.samples import Batch, SampleSource, check_shows_images
 from ..method.layer import MixLoraLayer, Observer
 from ..method.model import ADAPTER, adapted_layers
-from ..method.model_inputs import IGNORE_INDEX
 from ..method.static_core import (
-    METHODS,
     InputMoments,
     Moments,
     instance_input_moments,
@@ -38,10 +36,10 @@ from ..method.static_core import (
     squared_error_of_map,
     squared_norm,
 )
-from .fidelity import Agreement, ErrorsByLayer
+from .fidelity import ErrorsByLayer
 from .static_adapter import StaticUpdates, relative
 
-HELD_OUT, MOST_HELD_OUT = 0.1, 128  # share of the samples, and their number, that only judge the result
+HELD_OUT, MOST_HELD_OUT = 0.2, 128  # share of the samples, and their number, that only judge the result
 INPUT_SUMS = 4 << 30  # bytes of Σ xᵀx that are held at a time; the data are read again for further layers
 
 
@@ -54,26 +52,38 @@ class Calibrated:
 
 
 def read_samples(given: SampleSource, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    """The samples to calibrate on, and those to hold out.
+    """The samples to calibrate on, and those to hold out, each of all tasks alike.
 
     Raises:
         MixLoraError: the file is missing or damaged, has fewer than two samples (of the task), names images that are
             not there, or names none although the model is one for images.
     """
-    samples = read_conversations(given.data)
+    kept = kept_calibration(Path(given.data).parent) if Path(given.data).name == KEPT else None
+    samples = read_conversations(given.data) if kept is None else kept.samples
     if given.task is not None:
         tasks = sorted({str(sample["task"]) for sample in samples if "task" in sample})
-        samples = [sample for sample in samples if sample.get("task") == given.task]
+        samples = [sample for sample in samples if str(sample.get("task")) == given.task]
         if not samples:
             known = ", ".join(tasks[:20]) or "none: no sample has a field 'task'"
             raise MixLoraError(f"--task {given.task}: {given.data} has no samples of it; its tasks are {known}")
     if len(samples) < 2:
         raise MixLoraError(f"--calibration {given.data}: expected two samples at least, one of them to hold out")
-    check_shows_images("--calibration", samples, given)
-    random.Random(seed).shuffle(samples)
-    samples = samples[: max(2, given.samples)]
+    samples = drawn_evenly(samples, max(2, given.samples), seed)
+    if kept is None:
+        check_shows_images("--calibration", samples, given)
+    elif any("image" in sample for sample in samples):
+        _check_kept_images(samples, given)
     held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(samples))))
     return samples[held_out:], samples[:held_out]
+
+
+def _check_kept_images(samples: list[dict], given: SampleSource) -> None:
+    if given.image_folder is None or not Path(given.image_folder).is_dir():
+        raise MixLoraError(
+            f"{given.data}: the images of the run's data are no longer in {given.image_folder}; pass where they are "
+            "as --image-folder, other data as --calibration, or --method lstsq to do without data"
+        )
+    check_images(samples, given.data, given.image_folder)
 
 
 def calibrate(model: nn.Module, read: Callable[[str], Iterator[Batch]], methods: tuple[str, ...]) -> Calibrated:
@@ -83,7 +93,7 @@ def calibrate(model: nn.Module, read: Callable[[str], Iterator[Batch]], methods:
         model: a PeftModel with a MixLoRA adapter, in evaluation mode.
         read: gives the batches, as keyword arguments of the model; called again where the sums for `"regression"` do
             not fit into [`INPUT_SUMS`] at once. It gets a title for a progress bar.
-        methods: of [`METHODS`]; `"regression"` only beside `"lstsq"`.
+        methods: of [`static_core.METHODS`]; `"regression"` only beside `"lstsq"`.
     """
     layers = adapted_layers(model)
     sizes = {name: 8 * layer.in_features**2 for name, layer in layers.items()}  # of a float64 Σ xᵀx
@@ -92,7 +102,7 @@ def calibrate(model: nn.Module, read: Callable[[str], Iterator[Batch]], methods:
     for number, group in enumerate(groups, start=1):
         sums = {name: _Sums(with_inputs=name in group) for name in (layers if number == 1 else group)}
         title = "Calibrating" if len(groups) == 1 else f"Calibrating, pass {number} of {len(groups)}"
-        with _observed(layers, {name: of_layer.add for name, of_layer in sums.items()}):
+        with observed(layers, {name: of_layer.add for name, of_layer in sums.items()}):
             for batch in read(title):
                 with torch.no_grad():
                     model(**batch)
@@ -103,43 +113,6 @@ def calibrate(model: nn.Module, read: Callable[[str], Iterator[Batch]], methods:
             found.errors.setdefault(name, {}).update(errors)
     found.errors = {name: {method: found.errors[name][method] for method in methods} for name in layers}
     return found
-
-
-def judge(
-    model: nn.Module, read: Callable[[str], Iterator[Batch]], updates: dict[str, StaticUpdates]
-) -> tuple[ErrorsByLayer, dict[str, Agreement]]:
-    """Errors by layer and method, and the agreement of static models with the dynamic one, on other data."""
-    layers = adapted_layers(model)
-    errors = {name: _Errors({method: updates[method][name] for method in updates}) for name in layers}
-    sums = {method: torch.zeros(5, dtype=torch.float64) for method in updates}
-    for batch in read("Comparing"):
-        with _observed(layers, {name: of_layer.add for name, of_layer in errors.items()}):
-            labels, dynamic = _predictions(model, batch)
-        for method, of_method in updates.items():
-            with static_in_place(model, of_method):
-                _, static = _predictions(model, batch)
-            sums[method] += _compare(dynamic, static, labels)
-    return {name: found.relative() for name, found in errors.items()}, {m: _agreement(s) for m, s in sums.items()}
-
-
-@contextmanager
-def static_in_place(model: nn.Module, updates: StaticUpdates) -> Iterator[None]:
-    """Run the body with static updates in the place of the adapter's, and no weight changed."""
-
-    def add(layer: nn.Module, args: tuple[Any, ...], output: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return output + F.linear(F.linear(args[0].to(down.dtype), down), up).to(output.dtype)
-
-    hooks = []
-    for name, layer in adapted_layers(model).items():
-        device = layer.mixlora_A[ADAPTER].device
-        down, up = (matrix.to(device) for matrix in updates[name])
-        hooks.append(layer.register_forward_hook(partial(add, down=down, up=up)))
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class _Sums:
@@ -190,30 +163,9 @@ class _Sums:
         return updates, errors
 
 
-class _Errors:
-    """How far static updates of one layer are from the dynamic one, position by position."""
-
-    def __init__(self, updates: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self.updates = updates
-        self.error = dict.fromkeys(updates, 0.0)
-        self.norm = 0.0
-
-    def add(
-        self, layer: MixLoraLayer, adapter: str, x: Tensor, z: Tensor, cores: Tensor, attended: Tensor | None
-    ) -> None:
-        counts = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if attended is None else attended
-        dynamic = torch.matmul(torch.bmm(z.float(), cores.float()), layer.mixlora_B[adapter].float())[counts]
-        self.norm += float(dynamic.double().square().sum())
-        for method, (down, up) in self.updates.items():
-            static = F.linear(F.linear(x[counts].float(), down.to(x.device)), up.to(x.device))
-            self.error[method] += float((static - dynamic).double().square().sum())
-
-    def relative(self) -> dict[str, float]:
-        return {method: (error / self.norm) ** 0.5 if self.norm else 0.0 for method, error in self.error.items()}
-
-
 @contextmanager
-def _observed(layers: dict[str, MixLoraLayer], observers: dict[str, Observer]) -> Iterator[None]:
+def observed(layers: dict[str, MixLoraLayer], observers: dict[str, Observer]) -> Iterator[None]:
+    """Let each layer show its forward passes to its observer, as long as the context lasts."""
     for name, observer in observers.items():
         layers[name].observer = observer
     try:
@@ -221,35 +173,3 @@ def _observed(layers: dict[str, MixLoraLayer], observers: dict[str, Observer]) -
     finally:
         for layer in layers.values():
             layer.observer = None
-
-
-def _predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The supervised tokens [N], and the log-probabilities [N, V] in float32 that the model gives at their places."""
-    with torch.no_grad():
-        logits = model(**batch).logits[:, :-1]
-    labels = batch["labels"][:, 1:]
-    supervised = labels != IGNORE_INDEX
-    return labels[supervised], logits[supervised].float().log_softmax(dim=-1)
-
-
-def _compare(dynamic: Tensor, static: Tensor, labels: Tensor) -> Tensor:
-    divergence = (dynamic.exp() * (dynamic - static)).sum()
-    same = (dynamic.argmax(dim=-1) == static.argmax(dim=-1)).sum()
-    losses = [F.nll_loss(scores, labels, reduction="sum") for scores in (dynamic, static)]
-    return torch.tensor([float(v) for v in (divergence, same, *losses, len(labels))], dtype=torch.float64)
-
-
-def _agreement(sums: Tensor) -> Agreement:
-    *totals, tokens = sums.tolist()
-    return Agreement(*(total / max(tokens, 1) for total in totals), tokens=int(tokens))
-
-
-def methods_for(method: str) -> tuple[str, ...]:
-    """What is made and judged beside the method that was asked for; `"regression"` is costly, so only then.
-
-    Raises:
-        MixLoraError: there is no such method.
-    """
-    if method not in METHODS:
-        raise MixLoraError(f"--method {method}: expected one of {', '.join(METHODS)}")
-    return METHODS if method == "regression" else METHODS[:2]

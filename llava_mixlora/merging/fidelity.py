@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..method.layer_merging import LOSSY
 from ..method.tensor_names import by_number
 
 REPORT, PICTURE = "merge_report.json", "merge_report.png"
+LARGEST_KL = 0.1
+"""nats: a static model whose next tokens diverge more from the dynamic one's is not written without `--force`."""
+INSTEAD = (
+    "merge for one task with --task NAME, keep the adapter dynamic (`llava-mixlora run` trains, chats and serves with "
+    "it), or add --force"
+)
 ErrorsByLayer = dict[str, dict[str, float]]
 """By layer name and method: ‖Δy − static Δy‖ / ‖Δy‖ over all positions of a set of data, 0 being exact."""
 
@@ -20,13 +27,19 @@ class Agreement:
 
     `kl`: mean KL divergence of the static model's next-token distribution from the dynamic one's, in nats;
     `same_token`: share of positions with the same likeliest token; `loss_dynamic`, `loss_static`: mean cross entropy.
+    Of whole samples: `same_answer`, the share in which every token's likeliest is the same; `right_dynamic`,
+    `right_static`, the shares that greedy decoding would answer as the data do, to the letter.
     """
 
     kl: float
     same_token: float
     loss_dynamic: float
     loss_static: float
+    same_answer: float
+    right_dynamic: float
+    right_static: float
     tokens: int
+    samples: int
 
 
 @dataclass
@@ -34,7 +47,8 @@ class Fidelity:
     """What was measured; parts that were not are empty.
 
     `training`: errors over the training data, from the saved statistics; `calibration`: over the data that the static
-    updates were made from; `heldout`: over data that they were not made from; `agreement`: by method, on the same.
+    updates were made from; `heldout`: over data that they were not made from; `agreement`: by method, on the same;
+    `by_task`: by method and task, where samples name theirs.
     """
 
     adapter: str
@@ -46,6 +60,32 @@ class Fidelity:
     calibration: ErrorsByLayer = field(default_factory=dict)
     heldout: ErrorsByLayer = field(default_factory=dict)
     agreement: dict[str, Agreement] = field(default_factory=dict)
+    by_task: dict[str, dict[str, Agreement]] = field(default_factory=dict)
+
+    def problem(self) -> str | None:
+        """Why the stand-in is too far off to be written without being asked twice; None of a good one."""
+        if self.agreement:
+            found = self.agreement[self.method]
+            if found.kl <= LARGEST_KL:
+                return None
+            return (
+                f"{self.adapter} has no static stand-in as good: by {self.method} the next token's KL divergence is "
+                f"{found.kl:.3f} nats on {found.samples} held-out samples, above {LARGEST_KL} "
+                f"(same token {found.same_token:.1%}, right answers {found.right_dynamic:.1%} dynamic, "
+                f"{found.right_static:.1%} static); {INSTEAD}"
+            )
+        error = self.mean_error(self.training)
+        if error is None or error <= LOSSY:
+            return None
+        return (
+            f"{self.adapter}: what merging costs its answers was not measured, and over the training data the static "
+            f"update by {self.method} misses {error:.0%} of the dynamic one, above {LOSSY:.0%}; measure and mend it "
+            f"with --calibration DATA --image-folder DIR, or {INSTEAD}"
+        )
+
+    def mean_error(self, errors: ErrorsByLayer) -> float | None:
+        """The mean over the layers of the errors by the method; None where there are none."""
+        return sum(row[self.method] for row in errors.values()) / len(errors) if errors else None
 
     def save(self, folder: Path) -> None:
         """Write `merge_report.json`, and `merge_report.png` where matplotlib is installed."""
@@ -72,9 +112,22 @@ class Fidelity:
                     f"{method:<16}{found.kl:>12.4f}{found.same_token:>12.1%}{found.loss_dynamic:>14.4f}"
                     f"{found.loss_static:>13.4f}"
                 )
+            yield from self._answer_lines()
         elif self.training:
             yield ""
             yield "How the model's answers change was not measured: that takes --calibration DATA."
+
+    def _answer_lines(self) -> Iterator[str]:
+        of_all = self.agreement[self.method]
+        rows = {f"all, by {self.method}": of_all, **dict(sorted(self.by_task.get(self.method, {}).items()))}
+        width = max(map(len, [*rows, "held-out answers"]))
+        yield ""
+        yield f"{'held-out answers':<{width}}{'number':>8}{'same':>9}{'right dynamic':>15}{'right static':>14}"
+        for name, found in rows.items():
+            yield (
+                f"{name:<{width}}{found.samples:>8}{found.same_answer:>9.1%}{found.right_dynamic:>15.1%}"
+                f"{found.right_static:>14.1%}"
+            )
 
     def _measured(self) -> dict[str, ErrorsByLayer]:
         titles = {

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -25,7 +26,7 @@ from ..adapters.adapter_folder import (
     TOKENIZER_FILES,
     read_non_lora_trainables,
 )
-from ..adapters.adapter_record import RECORD
+from ..adapters.adapter_record import RECORD, read_record
 from ..adapters.base_check import check_base, record_of_merged
 from ..adapters.config_file import absolute
 from ..adapters.loader_names import misleading
@@ -33,20 +34,24 @@ from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
 from ..adapters.model_places import base_model_of
 from ..adapters.stored_weights import StoredWeights, weight_files
+from ..data.kept_calibration import KEPT
 from ..errors import MixLoraError
 from ..inference.conversation import conversation_of
-from ..inference.loading import load_for_inference
 from ..inference.model_flags import add_model_flags, choices_of
-from ..inference.samples import SampleSource, batches
-from ..inputs import read_json
-from ..method.static_core import METHODS
+from ..inference.samples import SampleSource
+from ..inputs import positive, read_json
 from ..method.tensor_names import PEFT_PREFIX
-from .calibration import calibrate, judge, methods_for, read_samples
-from .fidelity import Fidelity
+from .distillation import STEPS
+from .fidelity import LARGEST_KL, REPORT, Fidelity
+from .stand_in import METHODS, TEMPLATE, source_of_kept, static_updates
 from .static_adapter import SavedAdapter, StaticUpdates
 
 FLAG = "--save-model-path"
 SHARD_SIZE = 2 << 30  # bytes
+MADE_FROM = (
+    f"It is made from {KEPT}, the samples that the run has kept beside the adapter, or from --calibration DATA; where "
+    "there are neither, from the statistics of training."
+)
 BESIDE_THE_WEIGHTS = 64 << 20  # bytes: tokenizer, configuration and report, generously
 
 
@@ -54,7 +59,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     """Describe the command `merge` to its parser."""
     parser.description = (
         "Write the base with a static stand-in for the adapter in it, as a plain LLaVA checkpoint, and report how far "
-        "it is from the dynamic model. By default it is made from the statistics that training has saved."
+        f"it is from the dynamic model. {MADE_FROM}"
     )
     parser.epilog = (
         "example: llava-mixlora merge --model-path output/llava-mixlora --model-base liuhaotian/llava-v1.5-7b "
@@ -68,7 +73,7 @@ def add_export_lora(parser: argparse.ArgumentParser) -> None:
     """Describe the command `export-lora` to its parser."""
     parser.description = (
         "Write a static stand-in for the adapter as a LoRA of rank E, for PEFT and for LLaVA's own LoRA branch, and "
-        "report how far it is from the dynamic model."
+        f"report how far it is from the dynamic model. {MADE_FROM}"
     )
     parser.epilog = (
         "example: llava-mixlora export-lora --model-path output/llava-mixlora --save-model-path llava-exported-lora"
@@ -83,24 +88,36 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(FLAG, required=True, metavar="OUT", help="new folder for the result")
     parser.add_argument(
         "--method",
-        default="lstsq",
         choices=METHODS,
-        help="how the static update is chosen (default: lstsq); regression is the nearest, and needs --calibration",
+        help="how the static update is chosen: distillation (default where there is data), regression, lstsq (default "
+        "without data) or mean; the first two need data",
     )
-    parser.add_argument("--calibration", metavar="DATA", help="conversations (LLaVA's JSON) to make it from")
-    parser.add_argument("--image-folder", metavar="DIR", help="where the images of DATA lie")
-    parser.add_argument("--task", metavar="NAME", help="only samples of DATA whose field 'task' is NAME")
-    parser.add_argument("--samples", type=int, default=512, help="how many to draw from DATA (default: 512)")
-    parser.add_argument("--version", help="conversation template (default: that of its training, or v1)")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples at a time (default: 8)")
+    parser.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help=f"conversations (LLaVA's JSON) to make it from (default: what the run has kept in {KEPT})",
+    )
+    parser.add_argument(
+        "--image-folder", metavar="DIR", help="where the images of the data lie (default: as in the run)"
+    )
+    parser.add_argument("--task", metavar="NAME", help="only samples of the data whose field 'task' is NAME")
+    parser.add_argument("--samples", type=positive, default=512, help="how many to draw from the data (default: 512)")
+    parser.add_argument("--version", help="conversation template (default: as in the run)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="samples at a time (default: 8)")
+    parser.add_argument(
+        "--steps", type=positive, default=STEPS, help="of distillation, 32 samples each (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help=f"write a stand-in whose next tokens diverge by more than {LARGEST_KL} nats",
+    )
     add_model_flags(parser)
 
 
 def _merge(given: argparse.Namespace) -> None:
-    source, choices = _source(given), choices_of(given)
-    report = merge(given.model_path, given.model_base, given.save_model_path, given.method, source, choices)
-    print("\n".join(report.lines()))
-    print(f"Wrote {given.save_model_path}, with merge_report.json. {_how_to_load(Path(given.save_model_path))}")
+    merge(given.model_path, given.model_base, given.save_model_path, **_options(given))
+    print(f"Wrote {given.save_model_path}, with {REPORT}. {_how_to_load(Path(given.save_model_path))}")
 
 
 def _how_to_load(merged: Path) -> str:
@@ -109,58 +126,75 @@ def _how_to_load(merged: Path) -> str:
         loads = "LLaVA loads it with no --model-base."
     else:
         loads = f"LLaVA, without the plugin, goes by a folder's name, and {elsewhere}."
+    record = read_record(merged)
+    template = "that of the training" if record is None or record.conversation is None else record.conversation
     return (
-        f"{loads} By the name its programs choose the conversation template too, unless --conv-mode says that of the "
-        "training."
+        f"{loads} By the name its programs choose the conversation template too; --conv-mode says {template}, which "
+        "llava-mixlora run does by itself."
     )
 
 
 def _export_lora(given: argparse.Namespace) -> None:
-    source, choices = _source(given), choices_of(given)
-    report = export_lora(given.model_path, given.model_base, given.save_model_path, given.method, source, choices)
-    print("\n".join(report.lines()))
-    print(f"Wrote {given.save_model_path}, with merge_report.json. It is a LoRA for the same base.")
+    export_lora(given.model_path, given.model_base, given.save_model_path, **_options(given))
+    print(f"Wrote {given.save_model_path}, with {REPORT}. It is a LoRA for the same base.")
 
 
-def _source(given: argparse.Namespace) -> SampleSource | None:
-    if given.calibration is not None:
-        version = conversation_of(given.model_path, given.version, "--version", otherwise="v1")
-        return SampleSource(given.calibration, given.image_folder, given.task, given.samples, version, given.batch_size)
-    if given.task is not None:
-        raise MixLoraError(f"--task {given.task} chooses among the samples of --calibration DATA, which is missing")
-    return None
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    of_data = {"image_folder": given.image_folder, "task": given.task}
+    of_data |= {"samples": given.samples, "batch_size": given.batch_size}
+    if given.calibration is None:
+        calibration = source_of_kept(given.model_path, given.method, version=given.version, **of_data)
+    else:
+        version = conversation_of(given.model_path, given.version, "--version", otherwise=TEMPLATE)
+        calibration = SampleSource(given.calibration, version=version, **of_data)
+    return {
+        "method": given.method,
+        "calibration": calibration,
+        "choices": choices_of(given),
+        "steps": given.steps,
+        "force": given.force,
+        "tell": lambda fidelity: print("\n".join(fidelity.lines()), flush=True),
+    }
 
 
 def merge(
     model_path: str | Path,
     model_base: str | None,
     output: str | Path,
-    method: str = "lstsq",
+    method: str | None = None,
     calibration: SampleSource | None = None,
     choices: ModelChoices = AS_NAMED,
+    steps: int = STEPS,
+    force: bool = False,
+    tell: Callable[[Fidelity], None] = lambda fidelity: None,
 ) -> Fidelity:
-    """Write `output`: the base with a static stand-in for the adapter in it, a checkpoint that needs no plugin.
+    """Write `output`: the base with a static stand-in for the adapter in it, and what was trained beside it.
 
     Args:
         model_path: the adapter's folder.
         model_base: its base, a folder or a hub name; by default the one that the adapter names.
         output: a new folder; it gets the report too, as `merge_report.json` and `merge_report.png`.
-        method: `"mean"`, `"lstsq"` or, with calibration data, `"regression"`; see [`static_core`].
-        calibration: what to make the static updates from, in the place of the statistics of training.
+        method: of [`METHODS`]; by default `"distillation"` with calibration data, `"lstsq"` without.
+        calibration: what to make the static updates from and to judge them by; [`source_of_kept`] is what the run has
+            kept. Without, they are made from the statistics of training, and not judged.
+        steps: of `"distillation"`.
+        force: write also what is too far from the dynamic model.
+        tell: is called with the result's fidelity before anything is written, and before it is refused.
         choices: what the user says of the model's parts.
 
     Returns:
         How far the result is from the dynamic model.
 
     Raises:
-        MixLoraError: there are neither statistics nor calibration data, the base is another one than the adapter's,
-            the disk is too small, `output` is there, or a file is missing or damaged. No folder appears then.
+        MixLoraError: the result is too far from the dynamic model, there are neither statistics nor calibration data,
+            the base is another one than the adapter's, the disk is too small, `output` is there, or a file is missing
+            or damaged. No folder appears then.
     """
     adapter, output = SavedAdapter(model_path), Path(output)
     base = check_merge(adapter, model_base, output, choices)
-    updates, fidelity = static_updates(adapter, base, method, calibration, choices)
+    updates, fidelity = _judged(adapter, base, method, calibration, choices, steps, force, tell)
     with new_folder(FLAG, output) as folder:
-        write_merged(adapter, base, updates[method], folder, choices.vision_tower)
+        write_merged(adapter, base, updates, folder, choices.vision_tower)
         fidelity.save(folder)
     return fidelity
 
@@ -169,9 +203,12 @@ def export_lora(
     model_path: str | Path,
     model_base: str | None,
     output: str | Path,
-    method: str = "lstsq",
+    method: str | None = None,
     calibration: SampleSource | None = None,
     choices: ModelChoices = AS_NAMED,
+    steps: int = STEPS,
+    force: bool = False,
+    tell: Callable[[Fidelity], None] = lambda fidelity: None,
 ) -> Fidelity:
     """Write `output`: a static stand-in for the adapter as a LoRA of rank E for PEFT and for LLaVA's own LoRA branch.
 
@@ -179,35 +216,29 @@ def export_lora(
     """
     adapter, output = SavedAdapter(model_path), Path(output)
     base = check_merge(adapter, model_base, output, choices, copies_base=False)
-    updates, fidelity = static_updates(adapter, base, method, calibration, choices)
+    updates, fidelity = _judged(adapter, base, method, calibration, choices, steps, force, tell)
     with new_folder(FLAG, output) as folder:
-        write_lora(adapter, base_model_of(adapter.folder, model_base), updates[method], folder)
+        write_lora(adapter, base_model_of(adapter.folder, model_base), updates, folder)
         fidelity.save(folder)
     return fidelity
 
 
-def static_updates(
+def _judged(
     adapter: SavedAdapter,
     base: Path,
-    method: str,
+    method: str | None,
     calibration: SampleSource | None,
-    choices: ModelChoices = AS_NAMED,
-) -> tuple[dict[str, StaticUpdates], Fidelity]:
-    """By method, the static updates of an adapter (`method`'s, and others that come along), and how good they are."""
-    methods = methods_for(method)
-    fidelity = Fidelity(str(adapter.folder), str(base), method, training=adapter.relative_errors())
-    if calibration is None:
-        return {method: adapter.static_updates(method)}, fidelity
-    fit, held_out = read_samples(calibration)
-    loaded = load_for_inference(adapter.folder, base, choices=choices)
-    model = loaded[1]
-    found = calibrate(model, lambda title: batches(fit, loaded, calibration, title), methods)
-    fidelity.task, fidelity.samples = calibration.task, {"calibration": len(fit), "held out": len(held_out)}
-    fidelity.calibration = found.errors
-    fidelity.heldout, fidelity.agreement = judge(
-        model, lambda title: batches(held_out, loaded, calibration, title), found.updates
-    )
-    return found.updates, fidelity
+    choices: ModelChoices,
+    steps: int,
+    force: bool,
+    tell: Callable[[Fidelity], None],
+) -> tuple[StaticUpdates, Fidelity]:
+    updates, fidelity = static_updates(adapter, base, method, calibration, choices, steps)
+    tell(fidelity)
+    problem = fidelity.problem()
+    if problem is not None and not force:
+        raise MixLoraError(problem)
+    return updates[fidelity.method], fidelity
 
 
 def check_merge(

@@ -101,7 +101,7 @@ class SavedAdapter(Mapping[str, SavedLayer]):
             elif layer.factors_B.any():
                 raise MixLoraError(
                     f"{self.folder} holds no statistics of training for {name} (it was converted, or saved by an older "
-                    "version): there is nothing to merge by; add --calibration DATA"
+                    "version): there is nothing to merge by; add --calibration DATA --image-folder DIR"
                 )
             else:
                 E = len(layer.factors_B)

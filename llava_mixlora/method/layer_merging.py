@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from ..errors import MixLoraError
 from .layer_settings import LayerSettings
 from .merged_weight import merged_weight, set_weight, weight_of
-from .static_core import Moments, low_rank_pair, lstsq_core
+from .static_core import Moments, low_rank_pair, lstsq_core, squared_error, squared_norm
+
+LOSSY = 0.5
+"""A static update that misses more than this share of the dynamic one over the training data, ‖error‖ / ‖update‖, is
+said to lose: [what that costs](../../scripts/README.md#merging) differs from task to task."""
 
 
 class MergeableLayer:
@@ -54,6 +58,19 @@ class MergeableLayer:
                 "statistics of training to make a static one from; merge with `llava-mixlora merge --calibration DATA`"
             )
         return low_rank_pair(factors_A, factors_B, torch.zeros_like(moments.core))
+
+    def static_error(self, adapter: str) -> float | None:
+        """‖zCB − zMB‖ / ‖zCB‖ of [`static_update`](MergeableLayer.static_update) over the training data.
+
+        None where training has summed nothing, or the update was zero.
+        """
+        moments, settings = self.moments(adapter), self.settings[adapter]
+        factors_B = self.mixlora_B[adapter].detach()
+        norm = squared_norm(moments, factors_B)
+        if not norm > 0:
+            return None
+        core = lstsq_core(moments, settings.r * settings.scaling)
+        return float((squared_error(moments, factors_B, core) / norm).sqrt())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The weight that merging adds for an adapter, [d_out, d_in] in float32 at least.

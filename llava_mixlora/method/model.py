@@ -17,6 +17,7 @@ from ..errors import MixLoraError
 from . import forward_passes
 from .config import MixLoraConfig
 from .layer import MixLoraLayer, MixLoraLinear
+from .layer_merging import LOSSY
 from .layer_settings import LayerSettings
 from .lora_only import OfLoraModels
 from .mixture import Route
@@ -236,6 +237,7 @@ class MixLoraModel(OfLoraModels, BaseTuner):
                 nothing is merged.
         """
         self._check_static_updates(adapter_names)
+        self._warn_of_loss(adapter_names)
         unmerged = [layer for layer in self._layers() if not layer.merged]
         try:
             super().merge_adapter(adapter_names, safe_merge)
@@ -251,6 +253,23 @@ class MixLoraModel(OfLoraModels, BaseTuner):
             for adapter in layer.active_adapters if adapter_names is None else adapter_names:
                 if adapter in layer.mixlora_A:
                     layer.static_update(adapter)
+
+    def _warn_of_loss(self, adapter_names: list[str] | None) -> None:
+        errors: dict[str, list[float]] = {}
+        for layer in self._layers():
+            for adapter in layer.active_adapters if adapter_names is None else adapter_names:
+                error = layer.static_error(adapter) if adapter in layer.mixlora_A else None
+                if error is not None:
+                    errors.setdefault(adapter, []).append(error)
+        for adapter, of_layers in errors.items():
+            mean = sum(of_layers) / len(of_layers)
+            if mean > LOSSY:
+                warnings.warn(
+                    f"merging adapter {adapter!r} loses: over the training data its static update misses {mean:.0%} of "
+                    "the dynamic one (mean of the layers); `llava-mixlora merge` makes a better one from data, and "
+                    "measures it",
+                    stacklevel=4,
+                )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out of all layers."""
@@ -269,6 +288,7 @@ class MixLoraModel(OfLoraModels, BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_static_updates(adapter_names)
+            self._warn_of_loss(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             forward_passes.detach(model)

@@ -38,7 +38,7 @@ FREE = re.compile(
     # how long, and what resuming itself is told
     r"num_train_epochs|max_steps|resume_from_checkpoint|ignore_data_skip|restore_callback_states_from_checkpoint|"
     # told by the data that they leave
-    r"check_images|max_lost_share|"
+    r"check_images|max_lost_share|mixlora_calibration_samples|"
     # told by their product, and by what the adapter's configuration says
     r"per_(device|gpu)_train_batch_size|gradient_accumulation_steps|mixlora_preset"
 )

@@ -71,9 +71,11 @@ def test_what_was_trained_is_inspected_and_merged(adapter, inputs, tmp_path):
     said = subprocess.run([*PLUGIN, "inspect", str(adapter)], env=environment(), capture_output=True, text=True)
     assert said.returncode == 0 and "pairing=same" in said.stdout and "router_input=words" in said.stdout
     words = [*PLUGIN, "merge", "--model-path", str(adapter), "--model-base", base]
-    words += ["--save-model-path", str(tmp_path / "llava-merged")]
+    words += ["--save-model-path", str(tmp_path / "llava-merged"), "--steps", "3", "--force"]
     merged = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert merged.returncode == 0, merged.stderr[-2000:]
+    assert "static stand-in for" in merged.stdout and "by distillation" in merged.stdout  # from what the run has kept
+    assert "right dynamic" in merged.stdout
 
 
 def test_another_form_does_not_go_on_with_it(adapter, labelled):

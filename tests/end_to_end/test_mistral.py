@@ -86,7 +86,7 @@ def test_name_of_the_folder_does_not_decide(load, adapter, tmp_path):
 
 def test_command_merges_the_adapter_into_a_mistral(load, base, adapter, tmp_path):
     merged = tmp_path / "llava-mistral-merged"
-    words = ["--model-path", adapter, "--model-base", base, "--save-model-path", merged]
+    words = ["--model-path", adapter, "--model-base", base, "--save-model-path", merged, "--steps", "3", "--force"]
     command = [sys.executable, "-m", "llava_mixlora", "merge", *map(str, words)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

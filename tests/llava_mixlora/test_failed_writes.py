@@ -36,8 +36,8 @@ def words(command, place, output):
     adapter, data = str(place / "llava-mixlora"), str(place / "data.json")
     on_data = ["--data", data, "--image-folder", str(place), "--version", "llava_v1", "--output", str(output)]
     return {
-        "merge": ["merge", "--model-path", adapter, "--save-model-path", str(output)],
-        "export-lora": ["export-lora", "--model-path", adapter, "--save-model-path", str(output)],
+        "merge": ["merge", "--model-path", adapter, "--save-model-path", str(output), "--force"],
+        "export-lora": ["export-lora", "--model-path", adapter, "--save-model-path", str(output), "--force"],
         "eval": ["eval", "--model-path", adapter, "--questions", data, "--output", str(output), "--max-new-tokens=8"],
         "plot": ["plot", adapter, "--output", str(output / "usage.png")],
         "plot --data": ["plot", adapter, *on_data, "--samples", "6"],

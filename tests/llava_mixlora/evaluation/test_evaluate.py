@@ -178,7 +178,7 @@ def test_what_cannot_be_loaded_is_one_line(model, questions_file, tmp_path, caps
 def test_merged_model_is_evaluated_too(model, questions_file, tmp_path):
     from llava_mixlora.merging.merge import merge
 
-    merge(model, None, tmp_path / "llava-merged")
+    merge(model, None, tmp_path / "llava-merged", force=True)
     assert main(words(str(tmp_path / "llava-merged"), questions_file, tmp_path / "scores")) == 0
     assert len(lines(tmp_path / "scores")) == 12
     assert torch.tensor([bool(line["text"]) for line in lines(tmp_path / "scores")]).any()

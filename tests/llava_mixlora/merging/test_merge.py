@@ -110,7 +110,8 @@ def run(program, *arguments):
 
 @pytest.mark.slow
 def test_merged_checkpoint_serves_where_the_plugin_is_absent(base, adapter, images, tmp_path, capsys):
-    assert main(["merge", "--model-path", str(adapter), "--save-model-path", str(tmp_path / "llava-merged")]) == 0
+    words = ["--model-path", str(adapter), "--save-model-path", str(tmp_path / "llava-merged"), "--force"]
+    assert main(["merge", *words]) == 0
     printed = capsys.readouterr().out
     assert "mean over the layers" in printed and "LLaVA loads it with no --model-base." in printed
     run(GENERATE, images, tmp_path / "llava-merged", tmp_path / "logits.pt")
@@ -122,15 +123,17 @@ def test_merged_checkpoint_serves_where_the_plugin_is_absent(base, adapter, imag
 
 
 def test_merge_into_a_folder_that_llava_takes_for_something_else_says_what_to_call_it(adapter, tmp_path, capsys):
-    assert main(["merge", "--model-path", str(adapter), "--save-model-path", str(tmp_path / "finetuned")]) == 0
+    assert (
+        main(["merge", "--model-path", str(adapter), "--save-model-path", str(tmp_path / "finetuned"), "--force"]) == 0
+    )
     told = capsys.readouterr().out.splitlines()[-1]
     assert "'finetuned' has no 'llava'; rename it, such as to 'llava-finetuned'" in told and "--conv-mode" in told
 
 
 def test_merged_checkpoint_in_shards_is_the_same(base, adapter, images, tmp_path, monkeypatch):
-    merge.merge(adapter, None, tmp_path / "llava-whole")
+    merge.merge(adapter, None, tmp_path / "llava-whole", force=True)
     monkeypatch.setattr(merge, "SHARD_SIZE", 20_000)
-    merge.merge(adapter, None, tmp_path / "llava-shards")
+    merge.merge(adapter, None, tmp_path / "llava-shards", force=True)
     shards = sorted(file.name for file in (tmp_path / "llava-shards").glob("*.safetensors"))
     assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
     assert torch.equal(
@@ -145,12 +148,12 @@ def test_merging_keeps_the_dtype_of_the_base_and_drops_quantization(base, adapte
     config = json.loads((quantized / "config.json").read_text())
     config["quantization_config"] = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
     (quantized / "config.json").write_text(json.dumps(config))
-    merge.merge(quantized, str(half), tmp_path / "merged")
+    merge.merge(quantized, str(half), tmp_path / "merged", force=True)
     assert {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.float16}
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["mean", "lstsq", "regression"])
+@pytest.mark.parametrize("method", ["mean", "lstsq", "regression", "distillation"])
 def test_one_route_for_all_inputs_merges_exactly_by_every_method(base, data, images, tmp_path, method):
     adapter = write_adapter(base, tmp_path / "llava-one-route-mixlora", one_route=True)
     fidelity = merge.merge(adapter, None, tmp_path / "llava-merged", method, given(data))
@@ -172,7 +175,7 @@ FORMS = [
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_merges_by_its_statistics_as_peft_does(base, images, tmp_path, form):
     adapter = write_adapter(base, tmp_path / "llava-mixlora", **form)
-    fidelity = merge.merge(adapter, None, tmp_path / "llava-merged")
+    fidelity = merge.merge(adapter, None, tmp_path / "llava-merged", force=True)
     assert len(fidelity.training) == 14 and all(0 < row["lstsq"] <= row["mean"] for row in fidelity.training.values())
     # Nothing of the method's own, such as the sums of word vectors, is left in the checkpoint.
     assert not [name for name in load_file(tmp_path / "llava-merged" / "model.safetensors") if "mixlora" in name]
@@ -184,7 +187,7 @@ def test_every_form_merges_by_its_statistics_as_peft_does(base, images, tmp_path
 def test_every_form_is_exported_and_judged_on_held_out_data(base, data, images, tmp_path, form):
     adapter = write_adapter(base, tmp_path / "llava-mixlora", **form)
     exported = tmp_path / "llava-exported-lora"
-    fidelity = merge.export_lora(adapter, None, exported, "lstsq", given(data))
+    fidelity = merge.export_lora(adapter, None, exported, "lstsq", given(data), force=True)
     assert len(fidelity.heldout) == 14 and all(0 <= row["lstsq"] < 2 for row in fidelity.heldout.values())
     assert fidelity.agreement["lstsq"].tokens > 2
     assert {name.rpartition(".lora_")[2] for name in load_file(exported / "adapter_model.safetensors")} == {
@@ -210,7 +213,7 @@ def test_one_route_of_any_form_merges_exactly(base, images, tmp_path, form):
 @pytest.mark.slow
 def test_exported_lora_passes_through_stock_peft_and_llavas_own_merge(base, adapter, images, tmp_path):
     exported = tmp_path / "llava-exported-lora"
-    assert main(["export-lora", "--model-path", str(adapter), "--save-model-path", str(exported)]) == 0
+    assert main(["export-lora", "--model-path", str(adapter), "--save-model-path", str(exported), "--force"]) == 0
     model = PeftModel.from_pretrained(with_projector(base, adapter), exported)
     assert type(model.peft_config["default"]) is LoraConfig and model.peft_config["default"].r == 6
     found = logits(model, images)
@@ -226,10 +229,20 @@ def test_exported_lora_passes_through_stock_peft_and_llavas_own_merge(base, adap
 
 def test_calibrated_merge_reports_three_methods_each_no_worse_than_the_one_before(untrained, data, tmp_path, capsys):
     words = ["--model-path", untrained, "--save-model-path", tmp_path / "out", "--method", "regression"]
-    words += ["--calibration", data / "data.json", "--image-folder", data, "--version", "llava_v1", "--batch-size", 3]
+    words += [
+        "--calibration",
+        data / "data.json",
+        "--image-folder",
+        data,
+        "--version",
+        "llava_v1",
+        "--batch-size",
+        3,
+        "--force",
+    ]
     assert main(["merge", *map(str, words)]) == 0
     report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
-    assert report["samples"] == {"calibration": 18, "held out": 2} and report["training"] == {}
+    assert report["samples"] == {"calibration": 16, "held out": 4} and report["training"] == {}
     assert len(report["calibration"]) == len(report["heldout"]) == 14
     for row in report["calibration"].values():
         assert 0 <= row["regression"] <= row["lstsq"] + 1e-6 and row["lstsq"] <= row["mean"] + 1e-6
@@ -253,7 +266,7 @@ def test_regression_in_several_passes_is_the_same(untrained, data, tmp_path, mon
     results = []
     for room in (calibration.INPUT_SUMS, 8 * 48**2):
         monkeypatch.setattr(calibration, "INPUT_SUMS", room)
-        merge.export_lora(untrained, None, tmp_path / str(room), "regression", given(data))
+        merge.export_lora(untrained, None, tmp_path / str(room), "regression", given(data), force=True)
         results.append(load_file(tmp_path / str(room) / "adapter_model.safetensors"))
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, atol=1e-4, rtol=1e-4)
@@ -261,8 +274,8 @@ def test_regression_in_several_passes_is_the_same(untrained, data, tmp_path, mon
 
 def test_each_task_has_a_static_stand_in_of_its_own(untrained, data, tmp_path):
     for task in ("color", "shape"):
-        fidelity = merge.export_lora(untrained, None, tmp_path / task, "lstsq", given(data, task=task))
-        assert fidelity.task == task and fidelity.samples == {"calibration": 9, "held out": 1}
+        fidelity = merge.export_lora(untrained, None, tmp_path / task, "lstsq", given(data, task=task), force=True)
+        assert fidelity.task == task and fidelity.samples == {"calibration": 8, "held out": 2}
     color, shape = (load_file(tmp_path / task / "adapter_model.safetensors") for task in ("color", "shape"))
     assert any(not torch.equal(color[name], shape[name]) for name in color)
 
@@ -348,7 +361,7 @@ def test_interrupted_merging_leaves_no_folder(adapter, tmp_path, monkeypatch):
 
     monkeypatch.setattr(merge, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        merge.merge(adapter, None, tmp_path / "out")
+        merge.merge(adapter, None, tmp_path / "out", force=True)
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
 
 
@@ -363,7 +376,7 @@ def save(tensors, file, metadata):
     if file.name == "shard-2":
         os.kill(os.getpid(), signal.SIGKILL)
 merge.save_file = save
-merge.merge(sys.argv[1], None, sys.argv[2])
+merge.merge(sys.argv[1], None, sys.argv[2], force=True)
 """
     output = tmp_path / "llava-merged"
     done = subprocess.run([sys.executable, "-c", program, str(adapter), str(output)], capture_output=True)
@@ -372,7 +385,7 @@ merge.merge(sys.argv[1], None, sys.argv[2])
     left = tmp_path / ".llava-merged.unfinished" / "llava-merged"
     assert {file.name for file in left.iterdir()} >= {"shard-1", "shard-2"}
     assert not (left / "model.safetensors").exists() and not list(left.glob("*.index.json"))
-    merge.merge(adapter, None, output)
+    merge.merge(adapter, None, output, force=True)
     assert list(tmp_path.iterdir()) == [output]
 
 
@@ -381,5 +394,5 @@ def test_broken_adapter_is_not_merged(adapter, tmp_path):
     tensors = load_file(broken / "adapter_model.safetensors")
     tensors["base_model.model.model.layers.1.mlp.up_proj.mixlora_B"][0, 0] = torch.nan
     save_file(tensors, broken / "adapter_model.safetensors")
-    assert "is not finite" in message_of(broken, None, tmp_path / "out")
+    assert "is not finite" in message_of(broken, None, tmp_path / "out", force=True)
     assert not (tmp_path / "out").exists()
