@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..adapters.model_choices import AS_NAMED, ModelChoices
-from ..data.kept_calibration import KEPT, kept_calibration
+from ..data.kept_calibration import KEPT, KeptCalibration, kept_calibration
 from ..errors import MixLoraError
 from ..inference.conversation import conversation_of
 from ..inference.loading import load_for_inference
@@ -92,7 +92,8 @@ def source_of_kept(
         None where nothing was kept, or not what it takes.
 
     Raises:
-        MixLoraError: a `task` is asked for, and nothing was kept.
+        MixLoraError: a `task` is asked for, and nothing was kept; or it was kept with another template than the
+            adapter's record tells.
     """
     kept = kept_calibration(adapter)
     if kept is None and task is not None:
@@ -111,5 +112,14 @@ def source_of_kept(
     if task is None and method in FROM_STATISTICS and folder is not None and not Path(folder).is_dir():
         print(f"{folder} is gone, in which the images of {KEPT} lie: merging by the statistics of training", flush=True)
         return None
-    version = conversation_of(adapter, version, "--version", otherwise=kept.version)
-    return SampleSource(str(Path(adapter) / KEPT), folder, task, version=version, **options)
+    return SampleSource(str(Path(adapter) / KEPT), folder, task, version=_template(adapter, version, kept), **options)
+
+
+def _template(adapter: str | Path, said: str | None, kept: KeptCalibration) -> str:
+    chosen = conversation_of(adapter, said, "--version", otherwise=kept.version)
+    if said is None and chosen != kept.version:
+        raise MixLoraError(
+            f"{Path(adapter) / KEPT} was kept by a run with the template {kept.version}, and the record of {adapter} "
+            f"says {chosen}; say which it is with --version, or give other data as --calibration"
+        )
+    return chosen

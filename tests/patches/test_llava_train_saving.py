@@ -1,5 +1,6 @@
 """What upstream's train() saves of a LLaVA with an adapter, as its functions are called there."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from llava_mixlora.patches.llava_train import _train_checked
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
+from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_record import read_record
 
 EMBEDDINGS = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
@@ -95,3 +97,27 @@ def test_saved_adapter_tells_its_base(train, llava_folder, tmp_path):
     train(body)
     assert read_record(tmp_path / "adapter").base.name_or_path == str(llava_folder)
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").pad_token == "[PAD]"
+
+
+def test_only_mixlora_keeps_samples_to_merge_by_and_only_where_they_are_wanted(train, request, tmp_path):
+    mixlora = "mixlora" in request.node.callspec.id
+
+    def body(upstream, _, model):
+        model.save_pretrained(tmp_path / "out")
+
+    train(body, "--version", "v1", "--mixlora_calibration_samples", "2")
+    kept = tmp_path / "out" / "calibration.json"
+    assert kept.is_file() == mixlora
+    if mixlora:
+        content = json.loads(kept.read_text())
+        assert content["version"] == "v1" and content["data"] == str(tmp_path / "data.json")
+        assert content["samples"][0]["conversations"][1]["value"] == "b" and content["image_folder"] is None
+    train(body, "--mixlora_calibration_samples", "0")
+    assert not kept.exists()
+
+
+def test_a_number_of_samples_that_merging_could_not_use_is_refused(train, request):
+    if "mixlora" not in request.node.callspec.id:
+        pytest.skip("plain LoRA keeps none")
+    with pytest.raises(MixLoraError, match="--mixlora_calibration_samples 1: expected 0"):
+        train(lambda *_: None, "--mixlora_calibration_samples", "1")

@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
+from llava_mixlora.adapters.adapter_record import AdapterRecord
 from llava_mixlora.cli import main
+from llava_mixlora.data.conversations import read_conversations
+from llava_mixlora.data.kept_calibration import KEPT, keep_calibration
 from llava_mixlora.inference.samples import SampleSource
 from llava_mixlora.merging import calibration, merge
-from llava_mixlora.merging.fidelity import Fidelity
+from llava_mixlora.merging.fidelity import LARGEST_KL, Fidelity
+from llava_mixlora.merging.stand_in import source_of_kept
 
 from ...tiny import plain, write_adapter
 
@@ -278,6 +282,127 @@ def test_each_task_has_a_static_stand_in_of_its_own(untrained, data, tmp_path):
         assert fidelity.task == task and fidelity.samples == {"calibration": 8, "held out": 2}
     color, shape = (load_file(tmp_path / task / "adapter_model.safetensors") for task in ("color", "shape"))
     assert any(not torch.equal(color[name], shape[name]) for name in color)
+
+
+# --- what the run has kept
+
+
+@pytest.fixture
+def kept(adapter, data, tmp_path):
+    """An adapter with samples of its run beside it."""
+    folder = shutil.copytree(adapter, tmp_path / "llava-kept-mixlora")
+    keep_calibration(folder, read_conversations(data / "data.json"), 20, "data.json", str(data), "llava_v1", seed=0)
+    return folder
+
+
+def command(name, folder, output, *words):
+    return main([name, "--model-path", str(folder), "--save-model-path", str(output), *map(str, words)])
+
+
+def refusal(capsys):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("llava-mixlora: error: ")][0]
+
+
+@pytest.mark.parametrize("name", ["merge", "export-lora"])
+def test_what_the_run_has_kept_makes_and_judges_the_merge_without_a_flag(kept, tmp_path, capsys, name):
+    assert command(name, kept, tmp_path / "out", "--steps", 2, "--force") == 0
+    said = capsys.readouterr().out
+    assert "by distillation" in said and "right dynamic" in said and "color" in said and "shape" in said
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["method"] == "distillation" and report["samples"] == {"calibration": 16, "held out": 4}
+    assert set(report["agreement"]) == {"mean", "lstsq", "distillation"}
+    assert {task: found["samples"] for task, found in report["by_task"]["distillation"].items()} == {
+        "color": 2,
+        "shape": 2,
+    }
+
+
+def test_distilling_is_nearer_than_the_best_of_each_layer(kept, data, tmp_path):
+    fidelity = merge.merge(kept, None, tmp_path / "out", calibration=given(data), steps=30, force=True)
+    assert fidelity.agreement["distillation"].kl < 0.7 * fidelity.agreement["lstsq"].kl
+
+
+def test_a_bad_merge_is_refused_with_its_figures_before_anything_is_written(kept, tmp_path, capsys):
+    assert command("merge", kept, tmp_path / "out", "--method", "mean") == 1
+    captured = capsys.readouterr()
+    assert "right dynamic" in captured.out  # the table by task says where it loses
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("llava-mixlora: error: ")]
+    for part in (
+        "KL divergence is",
+        "nats",
+        f"above {LARGEST_KL}",
+        "--task NAME",
+        "keep the adapter dynamic",
+        "--force",
+    ):
+        assert part in line
+    assert not (tmp_path / "out").exists()
+    assert command("merge", kept, tmp_path / "out", "--method", "mean", "--force") == 0
+
+
+def test_an_adapter_without_kept_samples_merges_by_its_statistics_and_says_so(base, tmp_path, capsys):
+    old = write_adapter(base, tmp_path / "llava-one-route-mixlora", one_route=True)
+    assert command("merge", old, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "statistics of training" in line]
+    assert str(old) in line and "--calibration DATA" in line and "calibration.json" in line
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["method"] == "lstsq"
+
+
+def test_what_is_not_measured_and_far_off_by_the_statistics_is_refused(adapter, tmp_path, capsys):
+    assert command("merge", adapter, tmp_path / "out") == 1
+    line = refusal(capsys)
+    assert "was not measured" in line and "above 50%" in line and "--calibration DATA" in line and "--force" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_gone_are_told_with_the_flag_that_names_their_new_place(kept, data, tmp_path, capsys):
+    content = json.loads((kept / KEPT).read_text())
+    (kept / KEPT).write_text(json.dumps({**content, "image_folder": "/absent/images"}))
+    assert command("merge", kept, tmp_path / "out", "--force") == 1
+    line = refusal(capsys)
+    assert "/absent/images" in line and "--image-folder" in line and "--calibration" in line
+    assert command("merge", kept, tmp_path / "out", "--force", "--steps", 1, "--image-folder", data) == 0
+    capsys.readouterr()
+    assert command("merge", kept, tmp_path / "by-statistics", "--force", "--method", "lstsq") == 0
+    assert "merging by the statistics of training" in capsys.readouterr().out
+
+
+def test_a_task_of_the_kept_samples_is_merged_and_judged_by_itself(kept, tmp_path, capsys):
+    assert command("merge", kept, tmp_path / "out", "--task", "color", "--steps", 1, "--force") == 0
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert report["task"] == "color" and report["samples"] == {"calibration": 8, "held out": 2}
+    assert set(report["by_task"]["distillation"]) == {"color"}
+    capsys.readouterr()
+    assert command("merge", kept, tmp_path / "other", "--task", "size") == 1
+    assert "its tasks are color, shape" in refusal(capsys)
+
+
+def test_a_task_without_data_is_refused(adapter, tmp_path, capsys):
+    assert command("merge", adapter, tmp_path / "out", "--task", "color") == 1
+    line = refusal(capsys)
+    assert "--task color" in line and "--calibration DATA" in line and "calibration.json" in line
+
+
+def test_template_is_that_of_the_run_unless_the_user_says_another(kept):
+    assert source_of_kept(kept).version == "llava_v1"
+    assert source_of_kept(kept, version="plain").version == "plain"
+    AdapterRecord(conversation="llava_v1").save(kept)
+    assert source_of_kept(kept).version == "llava_v1"
+
+
+def test_samples_of_another_template_than_the_adapters_are_refused(kept, tmp_path, capsys):
+    AdapterRecord(conversation="mistral_instruct").save(kept)
+    assert command("merge", kept, tmp_path / "out") == 1
+    line = refusal(capsys)
+    assert "llava_v1" in line and "mistral_instruct" in line and "--version" in line
+
+
+@pytest.mark.parametrize("flag, value", [("--samples", 0), ("--batch-size", 0), ("--steps", -1), ("--method", "best")])
+def test_flags_without_sense_are_named(adapter, tmp_path, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        command("merge", adapter, tmp_path / "out", flag, value)
+    assert flag in capsys.readouterr().err
 
 
 # --- what cannot be merged
