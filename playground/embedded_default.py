@@ -46,7 +46,7 @@ CHECKPOINTS = {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2
 
 def main() -> int:
     """Command line; returns the exit status."""
-    arguments = _parser().parse_args()
+    arguments = parser().parse_args()
     from llava_mixlora import MixLoraError
 
     try:
@@ -355,29 +355,30 @@ def _stop(message: str, status: int = 1) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Describes the command."""
+    made = argparse.ArgumentParser(
         prog="finetune_mixlora.sh",
         description="Fine-tune a small LLaVA on fifteen tasks over real images.",
     )
-    parser.add_argument(
+    made.add_argument(
         "--language-model", choices=LANGUAGE_MODELS, default="tiny", help="trained here, or SmolLM2-135M (a GPU's work)"
     )
-    parser.add_argument("--routing", help="ifs_cfs, ifs or random (default: MixLoraConfig's)")
-    parser.add_argument("--factors", type=int, default=16, help="factors in each pool (default: %(default)s)")
-    parser.add_argument("--rank", type=int, default=4, help="factors chosen per instance (default: %(default)s)")
-    parser.add_argument(
+    made.add_argument("--routing", help="ifs_cfs, ifs or random (default: MixLoraConfig's)")
+    made.add_argument("--factors", type=int, default=16, help="factors in each pool (default: %(default)s)")
+    made.add_argument("--rank", type=int, default=4, help="factors chosen per instance (default: %(default)s)")
+    made.add_argument(
         "--output", type=Path, default=PLAYGROUND / "output" / "llava-v1-tiny-mixlora", help="adapter folder"
     )
-    parser.add_argument(
+    made.add_argument(
         "--cache", type=Path, default=PLAYGROUND / "cache", help="data and base model (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
-    parser.add_argument(
+    made.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    made.add_argument(
         "--trial", action="store_true", help="a few steps and questions only, to see that everything runs"
     )
-    parser.add_argument("flags", nargs="*", help="after --: further flags of llava.train.train")
-    return parser
+    made.add_argument("flags", nargs="*", help="after --: further flags of llava.train.train")
+    return made
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def judge(
     read: Callable[[str], Iterator[Batch]],
     updates: dict[str, StaticUpdates],
     tasks: Sequence[str | None],
+    by_layer: bool = True,
 ) -> tuple[ErrorsByLayer, dict[str, Agreement], dict[str, dict[str, Agreement]]]:
     """Errors by layer and method, the agreement by method, and by method and task, of static models with the dynamic.
 
@@ -31,8 +32,9 @@ def judge(
         read: gives the batches, as keyword arguments of the model; it gets a title for a progress bar.
         updates: what to judge, by method.
         tasks: the tasks of the samples, in the order in which `read` gives them; None of those that name none.
+        by_layer: whether to tell the errors by layer; they are most of the work.
     """
-    layers = adapted_layers(model)
+    layers = adapted_layers(model) if by_layer else {}
     errors = {name: _Errors({method: updates[method][name] for method in updates}) for name in layers}
     of_samples: dict[str, list[Tensor]] = {method: [] for method in updates}
     for batch in read("Comparing"):

@@ -1,153 +1,272 @@
-"""What merging costs in accuracy: the embedded default's held-out questions, asked of static stand-ins for its adapter.
+"""What merging costs: static stand-ins for trained adapters, asked the embedded default's 1,500 held-out questions.
 
-    python -m playground.studies.merge_study            # after scripts/finetune_mixlora.sh has trained the adapter
+    python -m playground.studies.merge_study            # goes on where it was interrupted
+    python -m playground.studies.merge_study --only "words, seed 0"
+    python -m playground.studies.merge_study show       # the stored results as the Markdown table of the README
 
-Asks the dynamic model, its merges by every method, a merge for each task (asked that task's questions), and the plain
-LoRA of rank E that the main job has trained beside it. Merges are calibrated on training questions. Writes
-`playground/results/merge.json`, and prints the table.
+Adapters are trained as the main job trains its own, three seeds of each form: `words`, which is the default and has
+diagonal cores; `hidden`, the same with routes by hidden states; `paper`, two routers and CFS, whose cores are not
+diagonal. What stands in for them:
+
+- `statistics, ...`: from the sums of training, of all steps or of the last 50 (by which two checkpoints differ).
+- `N samples, ...`: from N training questions, by each method of `llava-mixlora merge`, and `sequential`: the regression
+  of each layer on what the static layers before it make.
+- `one task`: from 64 questions of a task by lstsq, asked that task alone; the mean over the tasks.
+
+A question counts as right when greedy decoding would answer it to the letter, checked in one forward pass. Writes
+`merge.json`, with every figure of every task, and `merge.png` to `playground/results`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
+import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llava_mixlora import MixLoraError
-from llava_mixlora.inference.samples import SampleSource
-from llava_mixlora.merging.fidelity import Fidelity
-from llava_mixlora.merging.merge import static_updates, write_merged
-from llava_mixlora.merging.static_adapter import SavedAdapter
+from llava_mixlora.data.conversations import read_conversations
+from llava_mixlora.inputs import positive
+from llava_mixlora.merging.distillation import STEPS
+from llava_mixlora.merging.judging import judge
+from llava_mixlora.merging.static_adapter import StaticUpdates
 from playground import PLAYGROUND
 from playground.atomic import write_json
-from playground.data.main_job import HELDOUT, TRAIN
-from playground.embedded_default import IMAGES, QUESTIONS, lora_beside
+from playground.data.main_job import BOOK, HELDOUT, TRAIN, first_of_each_task
+from playground.embedded_default import (
+    IMAGES,
+    MADE_FROM,
+    QUESTIONS,
+    finetune,
+    prepare_base,
+    prepare_questions,
+    settings_of_mixlora,
+)
+from playground.embedded_default import parser as main_job_parser
+from playground.measuring import machine
 from playground.notes import Notes
+from playground.studies.stand_ins import Sample, Subject, groups, of_one_task
 
-METHODS = ("mean", "lstsq", "regression")
-TASK_METHOD = "lstsq"
+SEEDS = (0, 1, 2)
+FORMS = {
+    "words": {},
+    "hidden": {"mixlora_router_input": "hidden"},
+    "paper": {
+        "mixlora_pairing": "rank",
+        "mixlora_routing": "ifs_cfs",
+        "mixlora_router_scope": "prompt",
+        "mixlora_router_input": "hidden",
+    },
+}
+"""By name: what is different from the main job's flags."""
+ONE_TASK = "one task"
+TEN, BOOKS, ALL = "ten tasks", "five books", "all"
+KINDS: dict[str, Callable[[str], bool]] = {
+    TEN: lambda task: not task.startswith(BOOK),
+    BOOKS: lambda task: task.startswith(BOOK),
+    ALL: lambda task: True,
+}
 
 
 def main() -> int:
     """Command line; returns the exit status."""
     arguments = _parser().parse_args()
+    results = arguments.results / "merge.json"
     try:
-        results = study(arguments)
+        if arguments.what == "run":
+            arguments.results.mkdir(parents=True, exist_ok=True)
+            write_json(results, study(arguments))
     except MixLoraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    arguments.results.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.results, results)
-    print("\n" + table(results))
-    print(f"\nwritten to {arguments.results}")
+    except subprocess.CalledProcessError as error:
+        print(f"error: training stopped with exit status {error.returncode}; its messages are above", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+    if not results.is_file():
+        print(f"error: {results}: no such file; run python -m playground.studies.merge_study first", file=sys.stderr)
+        return 1
+    contents = json.loads(results.read_text(encoding="utf-8"))
+    draw(contents, arguments.results / "merge.png")
+    print("\n" + table(contents))
     return 0
 
 
 def study(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Accuracies in percent by variant and task, and how far the merges are from the dynamic model.
+    """Train and measure what is not noted yet; returns the contents of `merge.json`."""
+    names = [f"{form}, seed {seed}" for seed in SEEDS for form in FORMS]
+    if not any(arguments.only in f"{name}: {group}" for name in names for group in (*groups(), ONE_TASK)):
+        raise MixLoraError(f"--only {arguments.only}: expected a part of a name such as '{names[0]}: {ONE_TASK}'")
+    base = prepare_base(arguments)
+    prepare_questions(arguments, arguments.cache / QUESTIONS)
+    questions = read_conversations(arguments.cache / QUESTIONS / HELDOUT)
+    if arguments.questions is not None:
+        questions = first_of_each_task(questions, arguments.questions)
+    settings = {"questions": len(questions), "distillation_steps": STEPS, "made_from": (base / MADE_FROM).read_text()}
+    notes = Notes(arguments.output / "notes.json", settings)
+    for seed in SEEDS:
+        for form in FORMS:
+            _measure(arguments, base, form, seed, questions, notes)
+    adapters: dict[str, dict[str, Any]] = {}
+    for name, rows in notes.taken.items():
+        adapters.setdefault(name.partition(": ")[0], {}).update(rows)
+    del settings["made_from"]
+    return {"machine": machine(), "settings": settings, "adapters": adapters, "summary": summary(adapters)}
 
-    What is measured is noted in the output folder at once, so an interrupted study goes on.
-    """
-    from llava_mixlora.adapters.adapter_folder import read_config
-    from playground.answers import read_questions
 
-    base, data, adapter = arguments.cache / "llava-v1-tiny", arguments.cache / "data", arguments.adapter
-    lora = lora_beside(adapter)
-    questions = read_questions(arguments.cache / QUESTIONS / HELDOUT, arguments.questions)
-    rank = read_config(adapter).num_factors
-    settings = {"questions": len(questions), "calibration_samples": arguments.samples, "task_method": TASK_METHOD}
-    notes = Notes(adapter.parent / "merge_study.json", {**settings, "adapter": str(adapter.absolute())})
+def _measure(
+    arguments: argparse.Namespace, base: Path, form: str, seed: int, questions: list[Sample], notes: Notes
+) -> None:
+    """Train an adapter and measure its stand-ins, as far as they are asked for and not noted."""
+    name = f"{form}, seed {seed}"
+    tasks = list(dict.fromkeys(question["task"] for question in questions))
+    wanted = [group for group in (*groups(), ONE_TASK) if arguments.only in f"{name}: {group}"]
+    missing = [group for group in wanted if not notes.has(f"{name}: {group}")]
+    if not missing:
+        return
+    train, images = arguments.cache / QUESTIONS / TRAIN, arguments.cache / "data" / IMAGES
+    folder = _trained(arguments, base, form, seed, train, images)
+    subject = Subject(folder, base, train, images)
+    for group in missing:
+        print(f"\n== {name}: {group}", flush=True)
+        if group == ONE_TASK:
+            of_tasks = [
+                _judged(subject, {ONE_TASK: of_one_task(subject, task)}, [q for q in questions if q["task"] == task])
+                for task in tasks
+            ]
+            found = {ONE_TASK: {task: of_task[ONE_TASK][task] for task, of_task in zip(tasks, of_tasks)}}
+        else:
+            found = _judged(subject, groups()[group](subject), questions)
+        notes.add(f"{name}: {group}", found)
 
-    def accuracy(folder: Path, asked: list[dict[str, Any]] = questions) -> dict[str, float]:
-        return _accuracy(folder, base if folder in (adapter, lora) else None, asked, data)
 
-    notes.take("dynamic", lambda: accuracy(adapter))
-    if not notes.has(*METHODS, "fidelity"):
-        with _merged(adapter, base, "regression", _calibration(arguments)) as (folders, fidelity):
-            for method in METHODS:
-                notes.take(method, partial(accuracy, folders[method]))
-            notes.take("fidelity", lambda: _summary(fidelity))
-    tasks = dict.fromkeys(question["task"] for question in questions)
-    for task in tasks:
-        if not notes.has(f"task {task}"):
-            of_task = [question for question in questions if question["task"] == task]
-            with _merged(adapter, base, TASK_METHOD, _calibration(arguments, task)) as (folders, _):
-                notes.take(f"task {task}", partial(accuracy, folders[TASK_METHOD], of_task))
-    notes.take("lora", lambda: accuracy(lora))
-    found = notes.taken
-    rows = {name: found[name] for name in ("dynamic", *METHODS)}
-    rows["per task"] = {task: found[f"task {task}"][task] for task in tasks}
-    rows[f"LoRA rank {rank}"] = found["lora"]
+def _judged(
+    subject: Subject, updates: dict[str, StaticUpdates], questions: list[Sample]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By row and task, the accuracy of dynamic and static model in percent, and how far the two are apart."""
+    tasks = [question["task"] for question in questions]
+    by_task = judge(subject.loaded[1], subject.reading(questions), updates, tasks, by_layer=False)[2]
     return {
-        **settings,
-        "accuracy": {name: {task: round(value, 2) for task, value in row.items()} for name, row in rows.items()},
-        "mean": {name: round(sum(row.values()) / len(row), 2) for name, row in rows.items()},
-        "fidelity": found["fidelity"],
+        row: {
+            task: {
+                "dynamic": round(100 * found.right_dynamic, 2),
+                "static": round(100 * found.right_static, 2),
+                "kl": round(found.kl, 5),
+                "same_token": round(100 * found.same_token, 2),
+            }
+            for task, found in of_row.items()
+        }
+        for row, of_row in by_task.items()
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The accuracies as a Markdown table."""
-    names = list(results["accuracy"])
-    lines = ["| task | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for task in results["accuracy"]["dynamic"]:
-        lines.append(f"| {task} | " + " | ".join(f"{results['accuracy'][n][task]:.1f}%" for n in names) + " |")
-    lines.append("| **mean** | " + " | ".join(f"**{results['mean'][name]:.1f}%**" for name in names) + " |")
+def _trained(arguments: argparse.Namespace, base: Path, form: str, seed: int, train: Path, images: Path) -> Path:
+    """The folder of an adapter, which is trained where it is not there yet."""
+    folder = arguments.output / f"llava-v1-{form}-{seed}"
+    main_job = main_job_parser().parse_args(["--seed", str(seed)])
+    tower = (arguments.cache / "tower").absolute()
+    paths = {"model_name_or_path": base.absolute(), "data_path": train, "image_folder": images, "vision_tower": tower}
+    finetune(f"MixLoRA, {form}, seed {seed}", {**settings_of_mixlora(main_job), **FORMS[form]}, paths, [], folder)
+    return folder
+
+
+def summary(adapters: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By form, row and kind of task, the mean over the adapters and the spread (standard deviation) of each figure.
+
+    `"lost"` is what an adapter's stand-in loses of the dynamic adapter's accuracy, in points.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for form in FORMS:
+        of_form = [rows for name, rows in adapters.items() if name.startswith(f"{form}, ")]
+        for row in dict.fromkeys(row for rows in of_form for row in rows):
+            measured = [rows[row] for rows in of_form if row in rows]
+            found.setdefault(form, {})[row] = {
+                kind: _summed([_mean(of_tasks, belongs) for of_tasks in measured]) for kind, belongs in KINDS.items()
+            }
+    return found
+
+
+def _mean(of_tasks: dict[str, dict[str, float]], belongs: Callable[[str], bool]) -> dict[str, float]:
+    figures = [figures for task, figures in of_tasks.items() if belongs(task)]
+    means = {name: statistics.fmean(of_task[name] for of_task in figures) for name in figures[0]}
+    return {**means, "lost": means["dynamic"] - means["static"]}
+
+
+def _summed(of_adapters: list[dict[str, float]]) -> dict[str, Any]:
+    told: dict[str, Any] = {"adapters": len(of_adapters)}
+    for name in of_adapters[0]:
+        values = [figures[name] for figures in of_adapters]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        told[name] = {
+            "mean": round(statistics.fmean(values), 4),
+            "spread": None if spread is None else round(spread, 4),
+        }
+    return told
+
+
+def table(contents: dict[str, Any]) -> str:
+    """What each stand-in loses, as a Markdown table for each form."""
+    return "\n\n".join(_table(form, rows) for form, rows in contents["summary"].items())
+
+
+def _table(form: str, rows: dict[str, Any]) -> str:
+    lines = [
+        f"**{form}**",
+        "",
+        "| | adapters | ten tasks | five books | mean of all | lost | KL (nats) | same next token |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    first = next(iter(rows.values()))
+    dynamic = [_figure(first[kind]["dynamic"], 1, "%") for kind in KINDS]
+    lines.append(f"| dynamic | {first[ALL]['adapters']} | {' | '.join(dynamic)} | | | |")
+    for row, kinds in rows.items():
+        static = [_figure(kinds[kind]["static"], 1, "%") for kind in KINDS]
+        of_all = kinds[ALL]
+        static += [_figure(of_all["lost"], 1), _figure(of_all["kl"], 3), _figure(of_all["same_token"], 1, "%")]
+        lines.append(f"| {row} | {of_all['adapters']} | {' | '.join(static)} |")
     return "\n".join(lines)
 
 
-def _calibration(arguments: argparse.Namespace, task: str | None = None) -> SampleSource:
-    data, images = arguments.cache / QUESTIONS / TRAIN, arguments.cache / "data" / IMAGES
-    return SampleSource(str(data), str(images), task, arguments.samples, "llava_v1", batch_size=32)
+def _figure(found: dict[str, float | None], digits: int, unit: str = "") -> str:
+    spread = "" if found["spread"] is None else f" ± {found['spread']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{spread}{unit}"
 
 
-@contextmanager
-def _merged(
-    adapter: Path, base: Path, method: str, calibration: SampleSource
-) -> Iterator[tuple[dict[str, Path], Fidelity]]:
-    """A merged checkpoint for each method that comes with `method`, as long as the context lasts."""
-    saved = SavedAdapter(adapter)
-    updates, fidelity = static_updates(saved, base, method, calibration)
-    with tempfile.TemporaryDirectory() as place:
-        folders = {method: Path(place) / method for method in updates}
-        for method, folder in folders.items():
-            folder.mkdir()
-            write_merged(saved, base, updates[method], folder)
-        yield folders, fidelity
+def draw(contents: dict[str, Any], file: Path) -> None:
+    """Accuracy by stand-in, a panel for each form: the ten tasks and the books; lines are the dynamic adapter's."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
 
-def _summary(fidelity: Fidelity) -> dict[str, dict[str, float]]:
-    layers = fidelity.heldout.values()
-    return {
-        method: {
-            "mean_relative_error_heldout": round(sum(row[method] for row in layers) / len(layers), 4),
-            "kl": round(found.kl, 5),
-            "same_token": round(found.same_token, 4),
-            "held_out_tokens": found.tokens,
-        }
-        for method, found in fidelity.agreement.items()
-    }
-
-
-def _accuracy(folder: Path, base: Path | None, questions: list[dict[str, Any]], data: Path) -> dict[str, float]:
-    from llava_mixlora import patches
-
-    patches.apply()
-    from llava.model.builder import load_pretrained_model
-
-    from playground.answers import answer
-    from playground.report import accuracy_by_task
-
-    name = "llava-v1-lora" if base is not None else "llava-v1"
-    loaded = load_pretrained_model(str(folder), base and str(base), name, device_map="cpu", device="cpu")
-    tokenizer, model, image_processor, _ = loaded
-    texts = answer((tokenizer, model.float(), image_processor), questions, data / IMAGES).texts
-    return accuracy_by_task(questions, texts)
+    forms = contents["summary"]
+    figure, axes = plt.subplots(1, len(forms), figsize=(6 * len(forms), 6), sharex=True, squeeze=False)
+    for axis, (form, rows) in zip(axes[0], forms.items()):
+        places = range(len(rows))
+        for kind, color, shift in ((TEN, "tab:blue", -0.2), (BOOKS, "tab:orange", 0.2)):
+            found = [kinds[kind]["static"] for kinds in rows.values()]
+            axis.barh(
+                [place + shift for place in places],
+                [each["mean"] for each in found],
+                xerr=[each["spread"] or 0 for each in found],
+                height=0.4,
+                color=color,
+                label=kind,
+            )
+            axis.axvline(next(iter(rows.values()))[kind]["dynamic"]["mean"], color=color, linestyle="--")
+        axis.set(title=form, xlabel="held-out accuracy (%); dashed: dynamic", xlim=(0, 100))
+        axis.set_yticks(places, list(rows), fontsize=8)
+        axis.invert_yaxis()
+        axis.legend(loc="lower right")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,14 +274,16 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m playground.studies.merge_study", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
-        "--adapter", type=Path, default=PLAYGROUND / "output" / "llava-v1-tiny-mixlora", help="adapter folder"
+        "what", nargs="?", choices=["run", "show"], default="run", help="show: draw and print what is stored"
     )
+    parser.add_argument("--only", default="", help=f"what contains this, such as 'words, seed 0: {ONE_TASK}'")
+    parser.add_argument("--questions", type=positive, help="at most so many of each task")
+    parser.add_argument("--output", type=Path, default=PLAYGROUND / "output" / "merge_study", help="adapters and notes")
     parser.add_argument(
         "--cache", type=Path, default=PLAYGROUND / "cache", help="data and base model (default: %(default)s)"
     )
-    parser.add_argument("--results", type=Path, default=PLAYGROUND / "results" / "merge.json", help="file to write")
-    parser.add_argument("--samples", type=int, default=1000, help="to calibrate on (default: %(default)s)")
-    parser.add_argument("--questions", type=int, help="at most so many of each task")
+    parser.add_argument("--results", type=Path, default=PLAYGROUND / "results", help="folder to write")
+    parser.set_defaults(seed=0, trial=False)
     return parser
 
 
