@@ -65,11 +65,11 @@ def test_merge_script_makes_a_checkpoint_that_answers_without_the_plugin(main_jo
     base, data, merged = place / "cache" / "llava-v1-tiny", place / "cache" / "data", tmp_path / "llava-v1-merged"
     words = ["--model-path", place / "llava-v1-out", "--model-base", base, "--save-model-path", merged]
     words += ["--calibration", data / "train.json", "--image-folder", data / "images", "--samples", "24"]
-    words += ["--version", "llava_v1"]
+    words += ["--version", "llava_v1", "--steps", "2"]
     done = subprocess.run(["bash", str(MERGE_SCRIPT), *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "same token" in done.stdout
-    assert json.loads((merged / "merge_report.json").read_text())["samples"] == {"calibration": 22, "held out": 2}
+    assert json.loads((merged / "merge_report.json").read_text())["samples"] == {"calibration": 19, "held out": 5}
     assert not any("mixlora" in name for name in load_file(merged / "model.safetensors"))
     done = ask_cli(place, merged)
     assert done.returncode == 0, done.stderr

@@ -35,6 +35,8 @@ SHORTENED = {
     "llava-mixlora plot playground/output/llava-v1-tiny-mixlora --": "--samples 3",
     "bash scripts/eval_mixlora.sh": "--limit 1",
     "llava-mixlora eval": "--limit 1",
+    "bash scripts/merge_mixlora.sh": "--samples 24 --steps 2",
+    "llava-mixlora export-lora": "--samples 24 --steps 2",
 }
 """By how a command begins, what is added to it here, so that it takes seconds."""
 
