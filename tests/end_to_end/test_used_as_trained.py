@@ -113,7 +113,7 @@ def test_another_base_is_refused_unless_it_is_meant(copied, llama_folder):
 
 
 def test_adapter_is_merged_once(copied):
-    merge = ["merge", "--model-path=mine", "--save-model-path"]
+    merge = ["merge", "--model-path=mine", "--method=lstsq", "--force", "--save-model-path"]
     done = run(*merge, "llava-merged", "--model-base=llava", cwd=copied)
     assert done.returncode == 0, done.stderr[-2000:]
     line = line_of(run(*merge, "llava-twice", "--model-base=llava-merged", cwd=copied))
