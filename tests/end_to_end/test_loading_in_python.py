@@ -26,6 +26,8 @@ print(model.float().eval().generate(ids, images=images, do_sample=False, max_new
 BY_LLAVA = """
 from llava.model.builder import load_pretrained_model
 _, model, _, _ = load_pretrained_model(folder, None, "llava-mixlora", device="cpu", torch_dtype=torch.float32)
+from accelerate.hooks import remove_hook_from_module
+remove_hook_from_module(model.get_base_model(), recurse=True)  # 4.37 puts some, which no pickle holds
 torch.save(model, saved)
 """
 BY_PEFT = """
