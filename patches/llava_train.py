@@ -127,7 +127,7 @@ class MixLoraArguments:
         default=SAMPLES,
         metadata={
             "help": "How many samples of --data_path are kept beside the adapter (texts and names of images), for "
-            "merging. Default: 512; 0 keeps none."
+            f"merging. Default: {SAMPLES}; 0 keeps none."
         },
     )
     mixlora_preset: Optional[str] = field(

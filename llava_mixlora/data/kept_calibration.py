@@ -17,7 +17,7 @@ from .conversations import Sample, Unusable, as_sample
 from .drawing import drawn_evenly
 
 KEPT = "calibration.json"
-SAMPLES = 512
+SAMPLES = 2048
 """How many a run keeps unless `--mixlora_calibration_samples` says otherwise."""
 FIELDS = ("id", "image", "task", "conversations")
 """What is kept of a sample."""

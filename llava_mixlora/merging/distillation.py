@@ -25,7 +25,7 @@ from ..method.model_inputs import IGNORE_INDEX
 from .static_adapter import StaticUpdates
 from .static_model import static_in_place
 
-STEPS = 200
+STEPS = 400
 SAMPLES_PER_STEP = 32
 RATE = 0.05
 """The highest learning rate of a matrix, as a share of the root mean square of its entries."""

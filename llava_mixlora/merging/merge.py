@@ -34,7 +34,7 @@ from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
 from ..adapters.model_places import base_model_of
 from ..adapters.stored_weights import StoredWeights, weight_files
-from ..data.kept_calibration import KEPT
+from ..data.kept_calibration import KEPT, SAMPLES
 from ..errors import MixLoraError
 from ..inference.conversation import conversation_of
 from ..inference.model_flags import add_model_flags, choices_of
@@ -101,7 +101,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-folder", metavar="DIR", help="where the images of the data lie (default: as in the run)"
     )
     parser.add_argument("--task", metavar="NAME", help="only samples of the data whose field 'task' is NAME")
-    parser.add_argument("--samples", type=positive, default=512, help="how many to draw from the data (default: 512)")
+    parser.add_argument("--samples", type=positive, default=SAMPLES, help="how many to draw (default: %(default)s)")
     parser.add_argument("--version", help="conversation template (default: as in the run)")
     parser.add_argument("--batch-size", type=positive, default=8, help="samples at a time (default: 8)")
     parser.add_argument(

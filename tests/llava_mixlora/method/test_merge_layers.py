@@ -224,3 +224,18 @@ def test_layer_without_a_weight_is_named():
 
     with pytest.raises(MixLoraError, match="Opaque cannot take up an adapter"):
         merged_weight(Opaque(), torch.zeros(32, 64))
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_a_merge_that_loses_by_the_statistics_warns_once_in_one_line(llama, merge):
+    model = adapt(llama)
+    with pytest.warns(UserWarning, match="merging adapter 'default' loses") as warned:
+        getattr(model, merge)()
+    (said,) = [str(each.message) for each in warned if "merging adapter" in str(each.message)]
+    assert "\n" not in said and "% of the dynamic one" in said and "llava-mixlora merge" in said
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_a_merge_that_loses_nothing_does_not_warn(llama, recwarn, merge):
+    getattr(adapt(llama, r=1, num_factors=1), merge)()
+    assert not [each for each in recwarn if "merging adapter" in str(each.message)]
