@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import MixLoraError
 from ..inputs import read_json
+from ..writing import write_whole
 from .conversations import Sample, Unusable, as_sample
 from .drawing import drawn_evenly
 
@@ -73,7 +74,7 @@ def keep_calibration(
         "version": version,
         "samples": [{name: s[name] for name in FIELDS if name in s} for s in drawn_evenly(samples, count, seed)],
     }
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def kept_calibration(folder: str | Path) -> KeptCalibration | None:

@@ -21,14 +21,17 @@ def static_in_place(model: nn.Module, updates: StaticUpdates) -> Iterator[None]:
     def add(layer: nn.Module, args: tuple[Any, ...], output: Tensor, down: Tensor, up: Tensor) -> Tensor:
         return output + F.linear(F.linear(args[0].to(down.dtype), down), up).to(output.dtype)
 
-    hooks = []
-    for name, layer in adapted_layers(model).items():
-        device = layer.mixlora_A[ADAPTER].device
-        down, up = (matrix.to(device) for matrix in updates[name])
-        hooks.append(layer.register_forward_hook(partial(add, down=down, up=up)))
+    layers, hooks = adapted_layers(model), []
     try:
-        with model.disable_adapter():
-            yield
+        # Layer by layer: what else was trained, such as modules to save, stays as it is in what is merged.
+        for name, layer in layers.items():
+            device = layer.mixlora_A[ADAPTER].device
+            down, up = (matrix.to(device) for matrix in updates[name])
+            hooks.append(layer.register_forward_hook(partial(add, down=down, up=up)))
+            layer.enable_adapters(False)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+        for layer in layers.values():
+            layer.enable_adapters(True)
