@@ -4,30 +4,98 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from .errors import MixLoraError
+from .limits import JSON_BYTES, JSON_DEPTH
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path, only_numbers: bool = True) -> dict:
     """The object in a JSON file.
 
+    Args:
+        file: a regular file, or a link to one.
+        only_numbers: refuse NaN and Infinity, which JSON does not have; what Trainer logs may hold them.
+
     Raises:
-        MixLoraError: the file is missing, cannot be read, is not JSON, or holds something else than an object.
+        MixLoraError: the file is missing, cannot be read, is not JSON, is larger or deeper than [`limits`] say, names
+            a key twice, or holds something else than an object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(
+            _text(file),
+            object_pairs_hook=_no_key_twice,
+            parse_constant=_no_number if only_numbers else None,
+            parse_float=_finite if only_numbers else None,
+        )
+        if _depth(content) > JSON_DEPTH:
+            raise RecursionError
     except FileNotFoundError:
         raise MixLoraError(f"{file} is missing; is the download complete?") from None
     except OSError as error:
         raise MixLoraError(f"{file} cannot be read ({error.strerror})") from error
+    except RecursionError:
+        raise MixLoraError(f"{file} is nested more than {JSON_DEPTH} deep; is it the right file?") from None
+    except MixLoraError as error:
+        raise MixLoraError(f"{file} {error}") from None
     except ValueError as error:
         raise MixLoraError(f"{file} is damaged: not valid JSON ({error}); copy it again") from error
     if not isinstance(content, dict):
         raise MixLoraError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}; copy it again")
     return content
+
+
+def _text(file: Path) -> str:
+    # Opening a pipe would wait for somebody who writes into it.
+    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
+        found = os.fstat(opened.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise MixLoraError("is no regular file; copy it again")
+        if found.st_size > JSON_BYTES:
+            raise MixLoraError(
+                f"has {found.st_size:,} bytes, and what is read has {JSON_BYTES:,} at most; is it the right file?"
+            )
+        return opened.read().decode("utf-8")
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise MixLoraError(f"is damaged: it names {_short(twice)} twice, so one of the two is not meant; correct it")
+    return content
+
+
+def _no_number(word: str) -> float:
+    raise MixLoraError(f"is damaged: it holds {word}, which is no number; copy it again")
+
+
+def _finite(word: str) -> float:
+    if not math.isfinite(number := float(word)):
+        raise MixLoraError(f"is damaged: it holds {_short(word)}, which is too large for a number; copy it again")
+    return number
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
+
+
+def _depth(content: Any) -> int:
+    """How deep lists and objects are nested; counting ends a step above the limit."""
+    depth, level = 0, [content]
+    while level and depth <= JSON_DEPTH:
+        inner: list[Any] = []
+        for each in level:
+            inner.extend(each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())
+        depth += any(isinstance(each, (dict, list)) for each in level)
+        level = inner
+    return depth
 
 
 def check_model_path(flag: str, value: str | None) -> None:

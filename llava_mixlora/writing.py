@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from .errors import MixLoraError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OF_WRITES = (*FULL, errno.EFBIG, errno.EROFS)
@@ -55,18 +60,41 @@ def writing(place: str | Path, advice: str) -> Iterator[None]:
 
 @contextmanager
 def whole_file(file: Path, advice: str = "make room, or choose another --output") -> Iterator[Path]:
-    """A file beside `file`, with its suffix, that takes its place when the body is done; gone when the body fails.
+    """A new file beside `file`, with its suffix, that takes its place when the body is done; gone when the body fails.
+
+    Nothing is written through links: neither `file` nor what lies beside it is opened, whatever it may be.
 
     Raises:
         MixLoraError: as [`writing`].
     """
-    unfinished = file.with_name(f".unfinished-{file.name}")
+    unfinished = None
     try:
         with writing(file, advice):
+            descriptor, name = tempfile.mkstemp(prefix=".unfinished-", suffix=f"-{file.name}", dir=file.parent)
+            os.close(descriptor)
+            unfinished = Path(name)
             yield unfinished
+            follow_umask(unfinished)
             os.replace(unfinished, file)
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
+
+
+def follow_umask(*files: Path) -> None:
+    """Let others read files as far as the process lets others read its files; some are made for their owner alone."""
+    mask = os.umask(0o077)  # there is no other way to ask, and a file that is made meanwhile is none too open
+    os.umask(mask)
+    for file in files:
+        file.chmod(0o666 & ~mask)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file for PyTorch, with the mode that other files have."""
+    from safetensors.torch import save_file  # needs torch, without which `doctor` has to start
+
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    follow_umask(file)
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -196,7 +196,7 @@ def _states(checkpoint: Path) -> Iterator[str]:
         if any(fnmatch(name, pattern) for pattern in STATE):
             yield name
     if (checkpoint / RUN).is_file():
-        yield from map(str, read_json(checkpoint / RUN).get("files") or ())
+        yield from map(str, read_json(checkpoint / RUN, only_numbers=False).get("files") or ())
 
 
 def _sum_inside(checkpoint: Path, name: str) -> str:

@@ -104,7 +104,7 @@ def read_run(checkpoint: Path) -> Run | None:
     """
     if not (checkpoint / RUN).is_file():
         return None
-    contents = read_json(checkpoint / RUN)
+    contents = read_json(checkpoint / RUN, only_numbers=False)
     expected = {"flags": dict, "samples": int, "data": str, "processes": int, "contents": dict}
     for name, kind in expected.items():
         if not isinstance(contents.get(name), kind):
@@ -148,7 +148,7 @@ def finished(output_dir: str | Path, now: Run) -> Path | None:
     """
     for checkpoint in checkpoints(output_dir)[:1]:
         try:
-            state, then = read_json(checkpoint / TRAINER_STATE), read_run(checkpoint)
+            state, then = read_json(checkpoint / TRAINER_STATE, only_numbers=False), read_run(checkpoint)
             if then is None or state["global_step"] < _last_step(state, then.flags, now.flags):
                 return None
             verify(checkpoint)
@@ -168,7 +168,7 @@ def is_written(output_dir: str | Path, checkpoint: Path) -> bool:
         return False
     times = [file.stat().st_mtime_ns for file in order]
     try:
-        steps = [read_json(file)["global_step"] for file in (order[0], checkpoint / TRAINER_STATE)]
+        steps = [read_json(file, only_numbers=False)["global_step"] for file in (order[0], checkpoint / TRAINER_STATE)]
     except (MixLoraError, KeyError):
         return False
     return times == sorted(times) and steps[0] == steps[1]

@@ -26,7 +26,9 @@ ORDER = (
     ROOF,
 )
 FLOORS = {
-    GROUND: {"errors", "inputs", "attention", "shipped", "interruption", "writing", "folder_lock"},
+    GROUND: {
+        *("errors", "limits", "inputs", "own_files", "attention", "shipped", "interruption", "writing", "folder_lock"),
+    },
     # The package itself registers the method, and says whether it could.
     "method": {"__init__"},
     ROOF: {"launch", "cli", "__main__"},

@@ -1,12 +1,13 @@
 """Results that are whole or absent."""
 
 import os
+import stat
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_mixlora.writing import whole_file, write_whole, writing
+from llava_mixlora.writing import save_tensors, whole_file, write_whole, writing
 
 from ..tiny import message_of, no_room
 
@@ -56,3 +57,25 @@ def test_text_is_written_whole(tmp_path):
     write_whole(tmp_path / "result", "text")
     assert (tmp_path / "result").read_text() == "text"
     assert os.listdir(tmp_path) == ["result"]
+
+
+@pytest.mark.parametrize("place", ["result", ".unfinished-result"])
+def test_nothing_is_written_through_a_link(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "folder" / place).symlink_to(tmp_path / "precious")
+    write_whole(tmp_path / "folder" / "result", "text")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "folder" / "result").read_text() == "text"
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_modes_follow_the_umask(tmp_path, mask, mode):
+    usual = os.umask(mask)
+    try:
+        write_whole(tmp_path / "text", "text")
+        save_tensors({"x": torch.zeros(2)}, tmp_path / "tensors")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(usual)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("text", "tensors")] == [mode, mode]
