@@ -12,8 +12,9 @@ TASKS = 65_536
 """Names of tasks that an adapter may have."""
 PATTERN_LETTERS = 4096
 """Of a regular expression over names of layers."""
-PATTERN_REPEATS = 4
-"""Parts of such an expression that repeat without a bound: its time grows with this power of a name's length."""
+PATTERN_BITS = 20
+"""Of such an expression: at worst a name is matched in about 2 to the power of it steps, which take a hundredth of a
+second (see `method.patterns`)."""
 HEADER_TENSORS = 1_000_000
 """Tensors in one file."""
 PICKLE_OPERATIONS = 20_000_000

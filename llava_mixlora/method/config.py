@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..errors import MixLoraError
+from ..inputs import read_json
+from ..limits import NUM_FACTORS, TASKS
+from .field_kinds import OF_ANY_ADAPTER, TRUTH, check_kinds, is_number, is_whole
 from .model_card import TrainingRecord, write_card
+from .patterns import check_pattern
 from .registration import MIXLORA, PeftConfig
+from .stored_tensors import check_beside
 
 ROUTINGS = ("ifs_cfs", "ifs", "random")
 ROUTER_GRADIENTS = ("straight_through", "none")
@@ -26,6 +31,12 @@ UNKNOWN_PROMPTS = ("warn", "error")
 BIASES = ("none", "all", "mixlora_only")
 WITH_ENCODER = ("SEQ_2_SEQ_LM",)
 """Task types of PEFT's whose decoders attend to an encoder's states, where words are not at hand."""
+KINDS = {**OF_ANY_ADAPTER, "count_padding": TRUTH, "init_weights": TRUTH}
+"""By name, of which kind fields are that have neither a list of values nor bounds of their own."""
+OF_THE_END = r"(.*\.)?({})$"
+"""How `rank_pattern` and `alpha_pattern` match, as LoRA's in PEFT: whole parts of a name, from its end."""
+OF_THE_LAYERS = r".*\.{}\.(\d+)\."
+"""How PEFT matches `layers_pattern`."""
 FORMAT_VERSION = 2
 """Raised when an adapter can no longer be read correctly by the versions of this package before it.
 
@@ -196,9 +207,11 @@ class MixLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._choose_form(stored=self.peft_type is not None)
         self.peft_type = MIXLORA
         self._check_format()
+        check_kinds(vars(self), KINDS)
         self._check_values()
         self.format_version = max(self.format_version or 1, 2 if self._has_further_forms() else 1)
         if isinstance(self.target_modules, (list, tuple)):
@@ -246,6 +259,31 @@ class MixLoraConfig(PeftConfig):
         super().save_pretrained(str(save_directory), **kwargs)
         write_card(self, save_directory, self.training_record)
 
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """The fields in an `adapter_config.json`, as PEFT reads them (`PeftConfigMixin.from_json_file`).
+
+        Raises:
+            MixLoraError: it is no JSON file of bounded size and depth, with each key once and numbers that are ones.
+        """
+        fields = read_json(Path(path_json_file))
+        fields.pop("runtime_config", None)
+        return fields
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """The configuration in a folder or of a name on the hub (`PeftConfigMixin.from_pretrained`).
+
+        It is what PEFT makes an adapter's layers from. Where the adapter's weights lie in that folder, they have to
+        fit it: of layers as large as it says there might be no memory.
+
+        Raises:
+            MixLoraError: the configuration is damaged, or the weights beside it are of another adapter.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_beside(config, Path(pretrained_model_name_or_path, subfolder or ""))
+        return config
+
     def rank_of(self, layer: str) -> int:
         """r in the layer of this name: that of the first key of `rank_pattern` that matches it, or else `r`."""
         return _first_match(self.rank_pattern, layer, self.r)
@@ -284,9 +322,11 @@ class MixLoraConfig(PeftConfig):
     def _check_values(self) -> None:
         for name in ("num_factors", "r"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise MixLoraError(f"{name}={value!r}: expected a whole number of at least 1")
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in (self.rank_pattern or {}).items()}}
+        if self.num_factors > NUM_FACTORS:
+            raise MixLoraError(f"num_factors={self.num_factors}: expected {NUM_FACTORS} at most; lower num_factors")
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if not 1 <= rank <= self.num_factors:
                 raise MixLoraError(
@@ -314,13 +354,7 @@ class MixLoraConfig(PeftConfig):
         self._check_router_losses()
         self._check_tasks(ranks)
         self._check_forms()
-        for name in ("target_modules", "exclude_modules"):
-            pattern = getattr(self, name)
-            if isinstance(pattern, str):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise MixLoraError(f"{name}={pattern!r}: not a valid regular expression ({error})") from None
+        self._check_patterns()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise MixLoraError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names, but "
@@ -330,6 +364,17 @@ class MixLoraConfig(PeftConfig):
             raise MixLoraError(
                 f"layers_pattern={self.layers_pattern!r} has no meaning without layers_to_transform; set both or none"
             )
+
+    def _check_patterns(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(self, name), str):
+                check_pattern(name, pattern)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                check_pattern(f"{name}[{key!r:.80}]", key, OF_THE_END)
+        of_layers = self.layers_pattern or ()
+        for pattern in (of_layers,) if isinstance(of_layers, str) else of_layers:
+            check_pattern("layers_pattern", pattern, OF_THE_LAYERS)
 
     def _has_further_forms(self) -> bool:
         """Whether the adapter does what format 1 has no words for."""
@@ -344,7 +389,7 @@ class MixLoraConfig(PeftConfig):
     def _check_router_losses(self) -> None:
         for name in ("balance_loss_weight", "task_loss_weight"):
             weight = getattr(self, name)
-            if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            if not is_number(weight) or weight < 0:
                 raise MixLoraError(f"{name}={weight!r}: expected a number of at least 0")
             if weight > 0 and (self.router_gradient == "none" or self.routing == "random"):
                 what = "router_gradient='none'" if self.router_gradient == "none" else "routing='random'"
@@ -360,7 +405,9 @@ class MixLoraConfig(PeftConfig):
             or not all(isinstance(task, str) and task for task in tasks)
             or len(set(tasks)) != len(tasks)
         ):
-            raise MixLoraError(f"tasks={tasks!r}: expected a list of different names")
+            raise MixLoraError(f"tasks={repr(tasks)[:200]}: expected a list of different names")
+        if len(tasks or ()) > TASKS:
+            raise MixLoraError(f"tasks: {len(tasks):,} of them; expected {TASKS:,} at most")
         if weight == 0:
             return
         if not tasks:
@@ -383,7 +430,7 @@ class MixLoraConfig(PeftConfig):
     def _check_forms(self) -> None:
         """Refuse forms that contradict each other."""
         temperature = self.cfs_temperature
-        if not isinstance(temperature, (int, float)) or not 0 < temperature < float("inf"):
+        if not is_number(temperature) or temperature <= 0:
             raise MixLoraError(f"cfs_temperature={temperature!r}: expected a number above 0")
         if self.pairing == "same" and self.routing == "ifs_cfs":
             raise MixLoraError(
@@ -406,5 +453,4 @@ class MixLoraConfig(PeftConfig):
 
 
 def _first_match(patterns: dict[str, Any], layer: str, default: Any) -> Any:
-    # Whole parts of a name from its end, as LoRA matches them in PEFT.
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+    return next((value for key, value in patterns.items() if re.match(OF_THE_END.format(key), layer)), default)

@@ -24,9 +24,18 @@ from .mixture import Route
 from .offloading import bring_back, device_of_adapter
 from .registration import BaseTuner, BaseTunerLayer
 from .shared_sums import follow_loading, has_counted
+from .stored_tensors import Widths, check_finite, check_known, check_tensors, forms_of, named
 from .tensor_names import PEFT_PREFIX
 from .unpickling import know_outputs_to_record
-from .word_centre import WORDS, add_word_sums, remove_word_sums, width_of_words, word_adapters, word_sums
+from .word_centre import (
+    WORDS,
+    add_word_sums,
+    input_embeddings,
+    remove_word_sums,
+    width_of_words,
+    word_adapters,
+    word_sums,
+)
 
 USAGE, MOMENTS = "mixlora_stats_usage", "mixlora_stats_moments"
 LLAMA_LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -130,6 +139,7 @@ class MixLoraModel(OfLoraModels, BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: MixLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        _check_fits(model, config, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         statistics = _statistics(model, adapter_name)
         words = {}  # PEFT looks for what it loads in layers, and the sums of words are the model's
@@ -323,6 +333,38 @@ def _statistics(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
             for kind, value in ((USAGE, module.mixlora_stats_usage[adapter_name]), (MOMENTS, moments)):
                 statistics[f"{_unwrapped(name)}.{kind}.{adapter_name}".lstrip(".")] = value
     return statistics
+
+
+def _check_fits(model: nn.Module, config: MixLoraConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse an adapter that lacks tensors of this model's layers, or has other ones, or numbers that are none."""
+    place = f"the adapter {adapter_name!r}"
+    modules = {_unwrapped(name).removeprefix(PEFT_PREFIX): module for name, module in model.named_modules()}
+    layers = {
+        name: Widths(module.in_features, module.out_features, module.settings[adapter_name].router_width)
+        for name, module in modules.items()
+        if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_A
+    }
+    embeddings = _saved_embeddings(model, modules, state_dict)
+    found = {name: tensor for name, tensor in state_dict.items() if name not in embeddings}
+    widths = [widths.router for widths in layers.values()]
+    check_tensors(config, forms_of(found), place, layers, widths[0] if widths else None)
+    owners = {name: name.removeprefix(PEFT_PREFIX).rpartition(".")[0] for name in state_dict if "mixlora_" not in name}
+    check_known(state_dict, place, [name for name, owner in owners.items() if owner not in modules])
+    check_finite(state_dict.items(), place)
+
+
+def _saved_embeddings(model: nn.Module, modules: dict[str, nn.Module], saved: Iterable[str]) -> set[str]:
+    """The embeddings of words and of the output, which PEFT saves, both, where a model has got new tokens."""
+    of_words, of_output = input_embeddings(model), getattr(model, "get_output_embeddings", lambda: None)()
+    both = {f"{name}.weight" for name, module in modules.items() if module in (of_words, of_output)}
+    found = {name for name in saved if name.removeprefix(PEFT_PREFIX) in both}
+    if not found or len(found) < len(both):
+        return set()
+    warnings.warn(
+        f"the adapter brings embeddings of its own, which take the place of the model's: {named(sorted(found))}",
+        stacklevel=2,
+    )
+    return found
 
 
 def _unwrapped(name: str) -> str:
