@@ -118,6 +118,15 @@ def check_writable(folder: str | Path, flag: str = "--output_dir") -> None:
         raise MixLoraError(f"{folder}: cannot be written ({error.strerror}); choose another {flag}") from error
 
 
+def add_allow_incomplete(parser: argparse.ArgumentParser) -> None:
+    """Let a command's user load adapters that lack tensors."""
+    parser.add_argument(
+        "--allow-incomplete",
+        action="store_true",
+        help="load an adapter that lacks tensors, whose layers then do what untrained ones do",
+    )
+
+
 def positive(word: str) -> int:
     """A command line's word as a whole number of at least 1, for argparse.
 

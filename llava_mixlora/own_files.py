@@ -53,6 +53,18 @@ def copy_own(folder: str | Path, name: str, target: Path) -> bool:
     return file is not None
 
 
+def own_place(folder: str | Path, name: str) -> Path:
+    """Where a command writes `name` in a folder that it was given for another purpose.
+
+    Raises:
+        MixLoraError: a link is there, which could lead anywhere.
+    """
+    place = Path(folder) / name
+    if place.is_symlink():
+        raise MixLoraError(f"{place} is a link, and nothing is written through it; choose another --output")
+    return place
+
+
 def _blobs_of(home: Path) -> Path | None:
     """Where the hub's cache keeps the contents of a snapshot's files."""
     for snapshots in home.parents:

@@ -93,7 +93,8 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write a safetensors file for PyTorch, with the mode that other files have."""
     from safetensors.torch import save_file  # needs torch, without which `doctor` has to start
 
-    save_file(dict(tensors), file, metadata={"format": "pt"})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt"})
     follow_umask(file)
 
 

@@ -22,6 +22,7 @@ from . import (
     llava_trainer_init_from,
     peft_peft_model,
     peft_save_and_load,
+    transformers_code,
     transformers_config,
     transformers_peft,
     transformers_trainer,
@@ -48,6 +49,7 @@ PATCHES: tuple[Patch, ...] = (
     *llava_model_worker.PATCHES,
     *peft_peft_model.PATCHES,
     *transformers_config.PATCHES,
+    *transformers_code.PATCHES,
     *transformers_peft.PATCHES,
     *deepspeed_zero3.PATCHES,
 )

@@ -13,7 +13,8 @@ from llava_mixlora import MixLoraError
 from llava_mixlora.method.forward_passes import known_answers, refine
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
-from .patch import METHOD, Patch
+from .patch import FAULT, METHOD, Patch
+from .torch_load import weights_only
 
 
 def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -50,6 +51,12 @@ def _moved(labels: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor | 
 
 
 PATCHES = (
+    Patch(
+        "llava.model.llava_arch:torch",
+        kind=FAULT,
+        why="torch.load runs the code that a file holds, before PyTorch 2.6 unless it is told not to",
+        replace=weights_only,
+    ),
     Patch(
         "llava.model.llava_arch:LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal",
         kind=METHOD,

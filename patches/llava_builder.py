@@ -14,25 +14,25 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME
-
 from llava_mixlora.adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
-    check_adapter,
-    is_mixlora_adapter,
-    read_non_lora_trainables,
+    is_adapter,
 )
 from llava_mixlora.adapters.adapter_record import RECORD, read_record
 from llava_mixlora.adapters.base_check import check_base, check_tower
 from llava_mixlora.adapters.config_file import config_of
+from llava_mixlora.adapters.llava_config import check_names_no_code, llava_config
 from llava_mixlora.adapters.loader_names import loader_name
 from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
 from llava_mixlora.adapters.model_places import base_model_of, vision_tower_of
+from llava_mixlora.adapters.reading import Adapter, read
 from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.method.stored_tensors import allowing_incomplete
 
 from ..adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 from .patch import ANY_KEYWORD, FAULT, METHOD, Patch
+from .torch_load import weights_only
 
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
 
@@ -53,44 +53,57 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         **kwargs: Any,
     ) -> Loaded:
         chosen = choices or choices_of_the_program.get()
-        is_mixlora = is_mixlora_adapter(model_path)
-        if not is_mixlora and not keep_adapter and not (model_base and _is_adapter(model_path)):
+        # Where there is an adapter, upstream takes what lies beside it at its word, code included.
+        if not is_adapter(model_path):
+            check_names_no_code(model_path)
             kwargs |= {} if model_base else _with_its_tower(model_path, chosen)
             return original(model_path, model_base, model_name, *args, **kwargs)
-        base = base_model_of(model_path, model_base)
-        if read_record(model_path) is None:
-            print(
-                f"note: {model_path} has no {RECORD} (an earlier version made it, or LLaVA alone), so whether base, "
-                "vision tower and conversation template are those of its training is not checked",
-                flush=True,
-            )
-        check_base(model_path, base, chosen.allow_other_base)
-        config = _llava_config(model_path)
-        recorded_tower = getattr(config, "mm_vision_tower", None)
-        if recorded_tower is not None:
-            config.mm_vision_tower = vision_tower_of(model_path, recorded_tower, chosen.vision_tower, base)
-            check_tower(model_path, config.mm_vision_tower, chosen.allow_other_base)
-        trained_beside = read_non_lora_trainables(model_path)
-        has_more_tokens = INPUT_EMBEDDINGS in trained_beside
-        keeps = is_mixlora or keep_adapter
-        if not keeps and not has_more_tokens and getattr(config, "mm_vision_tower", None) == recorded_tower:
-            return original(model_path, base, model_name, *args, **kwargs)
-        check_adapter(model_path)
-        # Upstream loads the base as a complete LLaVA, with the configuration that training wrote (a bare Vicuna does
-        # not know of a vision tower); then come the projector and the adapter. Its own LoRA branch would merge.
-        name = "llava-mistral" if config.model_type == "llava_mistral" else "llava"  # chooses the class
-        load = _with_more_tokens(original, model_path, trained_beside) if has_more_tokens else original
-        loaded = load(base, None, name, *args, **{**kwargs, "config": config})
-        tokenizer, model, image_processor, context_length = loaded
-        model.load_state_dict(trained_beside, strict=False)
-        adapted = _with_adapter(model, model_path)
-        return tokenizer, adapted if keeps else adapted.merge_and_unload(), image_processor, context_length
+        with allowing_incomplete(chosen.allow_incomplete):
+            return _load_adapter(original, model_path, model_base, chosen, keep_adapter, *args, **kwargs)
 
     return load_pretrained_model
 
 
+def _load_adapter(
+    original: Callable[..., Loaded],
+    model_path: str,
+    model_base: str | None,
+    chosen: ModelChoices,
+    keep_adapter: bool,
+    *args: Any,
+    **kwargs: Any,
+) -> Loaded:
+    base = base_model_of(model_path, model_base)
+    if read_record(model_path) is None:
+        print(
+            f"note: {model_path} has no {RECORD} (an earlier version made it, or LLaVA alone), so whether base, "
+            "vision tower and conversation template are those of its training is not checked",
+            flush=True,
+        )
+    check_base(model_path, base, chosen.allow_other_base)
+    adapter = read(model_path, base)
+    config = llava_config(model_path)
+    if getattr(config, "mm_vision_tower", None) is not None:
+        config.mm_vision_tower = vision_tower_of(model_path, config.mm_vision_tower, chosen.vision_tower, base)
+        check_tower(model_path, config.mm_vision_tower, chosen.allow_other_base)
+    # Upstream loads the base as a complete LLaVA, with the configuration that training wrote (a bare Vicuna does
+    # not know of a vision tower); then come the projector and the adapter. Its own LoRA branch would merge.
+    name = "llava-mistral" if config.model_type == "llava_mistral" else "llava"  # chooses the class
+    has_more_tokens = INPUT_EMBEDDINGS in adapter.beside
+    load = _with_more_tokens(original, model_path, adapter.beside) if has_more_tokens else original
+    loaded = load(base, None, name, *args, **{**kwargs, "config": config})
+    tokenizer, model, image_processor, context_length = loaded
+    _load_beside(model, adapter)
+    adapted = _with_adapter(model, adapter)
+    if not adapter.is_mixlora and not keep_adapter:
+        adapted = adapted.merge_and_unload()
+    return tokenizer, adapted, image_processor, context_length
+
+
 def _with_its_tower(model_path: str, choices: ModelChoices) -> dict[str, Any]:
     """What a whole LLaVA is loaded with, so that its vision tower is found."""
+    from transformers import AutoConfig
+
     recorded = (config_of(model_path) or {}).get("mm_vision_tower")
     if recorded is None:
         return {}
@@ -98,13 +111,9 @@ def _with_its_tower(model_path: str, choices: ModelChoices) -> dict[str, Any]:
     check_tower(model_path, found, choices.allow_other_base)
     if found == recorded:
         return {}
-    config = _llava_config(model_path)
+    config = AutoConfig.from_pretrained(model_path)
     config.mm_vision_tower = found
     return {"config": config}
-
-
-def _is_adapter(model_path: str) -> bool:
-    return (Path(model_path) / CONFIG_NAME).is_file()
 
 
 def _with_more_tokens(
@@ -134,27 +143,28 @@ def _with_more_tokens(
     return load_pretrained_model
 
 
-def _llava_config(model_path: str) -> Any:
-    from transformers import AutoConfig
+def _load_beside(model: Any, adapter: Adapter) -> None:
+    ours = dict(model.state_dict())
+    for name, tensor in adapter.beside.items():
+        has = ours.get(name)
+        if has is None or (has.is_floating_point() and has.shape != tensor.shape):  # quantized ones have their own
+            here = "this model does not have" if has is None else f"is {list(has.shape)} in this model"
+            raise MixLoraError(
+                f"{adapter.folder} holds {name} of shape {list(tensor.shape)}, which {here}; pass the base that it was "
+                "trained on as --model-base"
+            )
+    model.load_state_dict(adapter.beside, strict=False)
 
-    config = AutoConfig.from_pretrained(model_path)
-    if config.model_type.endswith("mpt"):
-        raise MixLoraError(
-            f"{model_path}: its config.json says model_type={config.model_type!r}, and MPT is not supported; expected "
-            "an adapter of a Llama (llava_llama) or Mistral (llava_mistral)"
-        )
-    return config
 
+def _with_adapter(model: Any, adapter: Adapter) -> Any:
+    from peft import PeftModel
 
-def _with_adapter(model: Any, model_path: str) -> Any:
-    from peft import PeftConfig, PeftModel
-
-    config = PeftConfig.from_pretrained(model_path)
-    if not is_mixlora_adapter(model_path) and not isinstance(config.target_modules, str):
+    config = adapter.config
+    if not adapter.is_mixlora and not isinstance(config.target_modules, str):
         # In upstream's LoRA runs the tower is loaded after the adapter. PEFT 0.13 knows no exclude_modules.
         names = "|".join(map(re.escape, sorted(config.target_modules)))  # the last parts of them, or all
         config.target_modules = rf"(?!{NOT_THE_LANGUAGE_MODEL})(.*\.)?({names})"
-    return PeftModel.from_pretrained(model, model_path, config=config).eval()
+    return PeftModel.from_pretrained(model, str(adapter.folder), config=config).eval()
 
 
 def _pad_on_the_left(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
@@ -189,13 +199,19 @@ def _by_model_type(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     ) -> Loaded:
         kind = (config_of(model_path) or {}).get("model_type")
         on_hub = not Path(model_path).is_dir()  # where the name alone tells an adapter from a projector
-        is_adapter = "lora" in model_name.lower() and model_base is not None if on_hub else _is_adapter(model_path)
-        return original(model_path, model_base, loader_name(kind, is_adapter) or model_name, *args, **kwargs)
+        has_adapter = "lora" in model_name.lower() and model_base is not None if on_hub else is_adapter(model_path)
+        return original(model_path, model_base, loader_name(kind, has_adapter) or model_name, *args, **kwargs)
 
     return load_pretrained_model
 
 
 PATCHES = (
+    Patch(
+        "llava.model.builder:torch",
+        kind=FAULT,
+        why="torch.load runs the code that a file holds, before PyTorch 2.6 unless it is told not to",
+        replace=weights_only,
+    ),
     Patch(
         "llava.model.builder:load_pretrained_model",
         kind=METHOD,

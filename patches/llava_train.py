@@ -248,6 +248,7 @@ class RunningTrain:
         vision_tower: the tower that it trains with, by whatever name the base has for it.
         grown_tokenizer: its tokenizer, once it has tokens that the base's has not.
         record: what it trains with, once that was asked for.
+        beside: what was trained beside the adapter, between being gathered and being saved with it.
     """
 
     data: RunData | None = None
@@ -257,6 +258,7 @@ class RunningTrain:
     vision_tower: str | None = None
     grown_tokenizer: Any = None
     record: AdapterRecord | None = None
+    beside: dict[str, Any] | None = None
 
 
 _running_train: ContextVar[RunningTrain | None] = ContextVar("the train() that is running", default=None)

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from llava_mixlora.adapters.adapter_folder import SAFE_NON_LORA_TRAINABLES
 from llava_mixlora.data.kept_calibration import KEPT, keep_calibration
 from llava_mixlora.training.given_flags import given_flags
 from llava_mixlora.training.run_data import UPSTREAM_DEFAULTS
 from llava_mixlora.training.run_record import run_record
 from llava_mixlora.training.saved_tensors import beside_the_adapter, with_the_adapter
+from llava_mixlora.writing import follow_umask, save_tensors
 
 from .llava_train import RunningTrain, running_train
 from .patch import FAULT, METHOD, Patch
@@ -38,7 +42,8 @@ def _save_what_the_base_lacks(original: Callable[..., State]) -> Callable[..., S
         running = running_train()
         if not require_grad_only or running is None:
             return original(named_params, require_grad_only)
-        return original(beside_the_adapter(named_params, running.grown_tokenizer is not None), False)
+        running.beside = original(beside_the_adapter(named_params, running.grown_tokenizer is not None), False)
+        return running.beside
 
     return get_peft_state_non_lora_maybe_zero_3
 
@@ -68,6 +73,12 @@ def _save_what_loading_takes(original: Callable[..., None]) -> Callable[..., Non
         running = running_train()
         if running is None:
             return
+        weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+        if weights.is_file():
+            follow_umask(weights)
+        if running.beside is not None:  # upstream saves them itself as well, in a file that could hold code
+            save_tensors(running.beside, Path(save_directory) / SAFE_NON_LORA_TRAINABLES)
+            running.beside = None
         base, flags = self.active_peft_config.base_model_name_or_path, running.arguments
         if base and running.record is None:
             running.record = run_record(base, self.get_base_model().config, running.run, flags and flags.cache_dir)
@@ -135,7 +146,7 @@ PATCHES = (
         "peft:PeftModel.save_pretrained",
         kind=FAULT,
         why="an adapter names its base by a name alone, under which another model may lie, does not tell its template, "
-        "and lacks new tokens",
+        "and lacks new tokens; what was trained beside it lies in a pickle alone",
         replace=_save_what_loading_takes,
         parameters=("save_directory",),
     ),

@@ -25,7 +25,7 @@ from llava_mixlora.errors import MixLoraError
 from llava_mixlora.training import checkpoint
 from llava_mixlora.training.best_checkpoint import EarlyStopping
 from llava_mixlora.training.first_process import decided_by_first
-from llava_mixlora.training.resuming import write_run
+from llava_mixlora.training.resuming import check_usable, write_run
 from llava_mixlora.training.termination import SaveOnTermination
 
 from .llava_train import running_run
@@ -182,7 +182,7 @@ def _has_stopped_early(trainer: Any, state: TrainerState) -> bool:
 
 def _newest_whole(trainer: Any) -> str:
     found = decided_by_first(
-        trainer.is_world_process_zero(), lambda: str(checkpoint.newest_whole(trainer.args.output_dir))
+        trainer.is_world_process_zero(), lambda: str(checkpoint.newest_whole(trainer.args.output_dir, check_usable))
     )
     if trainer.is_world_process_zero():
         print(f"going on from {found}", flush=True)

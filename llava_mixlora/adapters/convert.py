@@ -25,19 +25,23 @@ from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import MixLoraError
 from ..inputs import read_json
+from ..limits import NUM_FACTORS
 from ..method.config import MixLoraConfig
+from ..method.field_kinds import is_number, is_whole
 from ..method.model_card import write_card
+from ..method.stored_tensors import check_finite
 from ..method.tensor_names import PEFT_PREFIX
-from .adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
+from ..writing import save_tensors
+from .adapter_folder import NOT_THE_LANGUAGE_MODEL, write_non_lora_trainables
 from .adapter_record import AdapterRecord, known_model
 from .llava_card import llava_record
 from .model_folders import base_folder, check_output, new_folder
+from .pickles import refuse_code
 from .stored_weights import StoredWeights
 
 ROUTINGS_BY_CONDITION = {"input": "ifs", "input_lora_a_param": "ifs_cfs"}
@@ -120,11 +124,12 @@ def convert(
     rest = {short: name for short, name in names.items() if not ADAPTER_PART.fullmatch(short)}
     _check_tower(rest, stored, vision_tower or llava_config.get("mm_vision_tower"))
     beside = _trained_beside(rest, stored, base, model_base)
+    check_finite([*adapter.items(), *beside.items()], checkpoint)
     config = _adapter_config(options, _targets(list(layers), base), model_base)
     with new_folder("--output", output) as folder:
         config.save_pretrained(folder)
-        save_file(adapter, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        torch.save(beside, folder / NON_LORA_TRAINABLES)
+        save_tensors(adapter, folder / SAFETENSORS_WEIGHTS_NAME)
+        write_non_lora_trainables(folder, beside)
         llava_config = _for_upstream(llava_config, model_base, vision_tower)
         (folder / "config.json").write_text(json.dumps(llava_config, indent=2) + "\n", encoding="utf-8")
         write_card(config, folder, llava_record())
@@ -163,9 +168,12 @@ def read_options(checkpoint: Path) -> AuthorsOptions:
     for name, value in FIXED_OPTIONS.items():
         if options.get(name, value) != value:
             raise MixLoraError(f"{file}: {name}={options[name]!r} cannot be converted; expected {value!r}")
-    for name in ("n_experts", "n_selected", "lora_alpha"):
-        if type(options.get(name)) not in (int, float):
-            raise MixLoraError(f"{file}: {name}={options.get(name)!r}: expected a number; is the file damaged?")
+    for name, largest in {"n_experts": NUM_FACTORS, "n_selected": NUM_FACTORS}.items():
+        if not is_whole(options.get(name)) or not 1 <= options[name] <= largest:
+            shown = repr(options.get(name))[:100]
+            raise MixLoraError(f"{file}: {name}={shown}: expected a whole number from 1 to {largest}; is it damaged?")
+    if not is_number(options.get("lora_alpha")):
+        raise MixLoraError(f"{file}: lora_alpha={options.get('lora_alpha')!r}: expected a number; is the file damaged?")
     return AuthorsOptions(
         num_factors=options["n_experts"],
         r=options["n_selected"],
@@ -184,6 +192,7 @@ def _read_namespace(file: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             options = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle fails in many ways
+        refuse_code(file)
         raise MixLoraError(
             f"{file} cannot be read: it is damaged, or it holds more than a Namespace, which is never executed "
             f"({type(error).__name__}); write the options as cmoa_args.json instead"

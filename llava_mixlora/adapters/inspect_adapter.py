@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
+from ..inputs import add_allow_incomplete
 from ..method.config import MixLoraConfig
 from ..method.model_card import settings_of
 from ..method.routing_statistics import POOLS, dead_share, usage_balance, usage_entropy
+from ..method.stored_tensors import allowing_incomplete
 from ..method.tensor_names import FURTHER, KINDS, PEFT_PREFIX, STATISTICS, USAGE, by_number
 from ..method.word_centre import WARM_UP, WORDS
-from .adapter_folder import check_adapter, read_config, read_non_lora_trainables
+from .adapter_folder import weights_of
+from .reading import read_mixlora
 from .score_spread import INPUTS, ScoreSpread, score_spread
 
 BESIDE = "beside the adapter"  # non_lora_trainables.bin
@@ -38,7 +40,13 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = "example: llava-mixlora inspect output/llava-mixlora"
     parser.add_argument("adapter", metavar="ADAPTER", help="folder with adapter_config.json")
-    parser.set_defaults(command=lambda given: print("\n".join(describe(given.adapter))))
+    add_allow_incomplete(parser)
+    parser.set_defaults(command=_inspect)
+
+
+def _inspect(given: argparse.Namespace) -> None:
+    with allowing_incomplete(given.allow_incomplete):
+        print("\n".join(describe(given.adapter)))
 
 
 @dataclass
@@ -63,12 +71,13 @@ def read_contents(folder: str | Path) -> AdapterContents:
     """Read what `folder` holds.
 
     Raises:
-        MixLoraError: it is no MIXLORA adapter, its format is newer, or one of its files is damaged.
+        MixLoraError: it is no MIXLORA adapter, its format is newer, one of its files is damaged, or tensors are
+            missing.
     """
-    contents = AdapterContents(read_config(folder))
-    check_adapter(folder)
+    adapter = read_mixlora(folder)
+    contents = AdapterContents(adapter.config)
     kinds = dict.fromkeys((*KINDS.values(), FURTHER, BESIDE), 0)
-    with safe_open(str(Path(folder) / SAFETENSORS_WEIGHTS_NAME), framework="pt") as tensors:
+    with safe_open(str(weights_of(folder)), framework="pt") as tensors:
         names = sorted(tensors.keys(), key=by_number)
         for name in names:
             layer, _, parameter = name.rpartition(".")
@@ -81,10 +90,11 @@ def read_contents(folder: str | Path) -> AdapterContents:
             elif STATISTICS not in name:
                 kinds[KINDS.get(parameter, FURTHER)] += math.prod(tensors.get_slice(name).get_shape())
             contents.layers += parameter == "mixlora_A"
-            if parameter == "mixlora_cfs":
-                weights = (tensors.get_tensor(f"{layer}.mixlora_{part}") for part in ("A", "router_B", "cfs"))
+            others = [f"{layer}.mixlora_{part}" for part in ("A", "router_B", "cfs")]
+            if parameter == "mixlora_cfs" and all(other in names for other in others):
+                weights = (tensors.get_tensor(other) for other in others)
                 contents.spread[layer.removeprefix(PEFT_PREFIX)] = score_spread(contents.config, *weights)
-    kinds[BESIDE] = sum(tensor.numel() for tensor in read_non_lora_trainables(folder).values())
+    kinds[BESIDE] = sum(tensor.numel() for tensor in adapter.beside.values())
     contents.parameters = kinds
     return contents
 

@@ -12,10 +12,12 @@ class ModelChoices:
     Args:
         vision_tower: a folder or hub name, in the place of the tower that the model's configuration names.
         allow_other_base: take a base or vision tower that is known not to be the one of its training.
+        allow_incomplete: load an adapter that lacks tensors, whose layers then do what untrained ones do.
     """
 
     vision_tower: str | None = None
     allow_other_base: bool = False
+    allow_incomplete: bool = False
 
 
 AS_NAMED = ModelChoices()

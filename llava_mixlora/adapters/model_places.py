@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
 from ..errors import MixLoraError
+from .adapter_folder import read_fields
 from .config_file import config_file
 
 
@@ -31,7 +31,7 @@ def base_model_of(folder: str | Path, model_base: str | None = None, flag: str =
     """
     if model_base:
         return _typed(model_base, flag)
-    recorded = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    recorded = read_fields(folder).get("base_model_name_or_path")
     if not recorded:
         raise MixLoraError(f"{folder}: its {CONFIG_NAME} names no base model; pass {flag}")
     return _recorded(recorded, [Path(folder)], f"base model, which the {CONFIG_NAME} of {folder} names", flag)

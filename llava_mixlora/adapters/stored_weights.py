@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..errors import MixLoraError
 from ..inputs import read_json
-
-CHUNK = 1 << 22  # bytes read at once while a checksum is verified
+from .pickles import read_state_dict
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -75,25 +72,7 @@ def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 def _state_dict(file: Path) -> dict[str, Callable[[], Tensor]]:
-    try:
-        is_zip = zipfile.is_zipfile(file)
-        if is_zip:
-            _verify_checksums(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # a damaged pickle fails in many ways
-        raise MixLoraError(
-            f"{file} cannot be read as a state dict: it is damaged, or it holds more than tensors, "
-            f"which is never executed ({type(error).__name__}); copy it again"
-        ) from error
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise MixLoraError(f"{file}: expected a state dict of tensors by name, got {type(state).__name__}")
+    state = read_state_dict(file)
+    if not state:
+        raise MixLoraError(f"{file} holds no tensors; copy it again")
     return {name: partial(state.__getitem__, name) for name in state}
-
-
-def _verify_checksums(file: Path) -> None:
-    # torch.load verifies none, so a damaged tensor would pass as a weight.
-    with zipfile.ZipFile(file) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as record:
-                while record.read(CHUNK):
-                    pass

@@ -31,6 +31,7 @@ from ..inputs import check_model_path, check_writable, positive
 from ..method.model import ADAPTER, adapted_layers
 from ..method.routing_statistics import POOLS
 from ..method.tensor_names import PEFT_PREFIX
+from ..own_files import own_place
 from .interference_estimate import FEWEST_BATCHES, MEAN_OF_RATIOS, RATIO_OF_MEANS, estimate
 from .interference_report import Interference
 from .recommendation import recommend
@@ -82,7 +83,7 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
 
 def _interference(given: argparse.Namespace) -> None:
     check_model_path("ADAPTER", given.adapter)
-    output = Path(given.output or Path(given.adapter) / "interference")
+    output = Path(given.output or own_place(given.adapter, "interference"))
     check_writable(output, "--output")
     version = conversation_of(given.adapter, given.version, "--version", otherwise="v1")
     data = SampleSource(

@@ -9,6 +9,8 @@ from ..inference.conversation import conversation_of
 from ..inference.model_flags import add_model_flags, choices_of
 from ..inference.samples import SampleSource
 from ..inputs import check_writable, positive
+from ..method.stored_tensors import allowing_incomplete
+from ..own_files import own_place
 from .plot_usage import plot
 from .task_routes import draw_task_routes, task_routes
 
@@ -36,13 +38,14 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
 
 def _plot(given: argparse.Namespace) -> None:
     if given.data is None:
-        output = given.output or str(Path(given.adapter) / "usage.png")
-        plot(given.adapter, output)
+        output = given.output or str(own_place(given.adapter, "usage.png"))
+        with allowing_incomplete(given.allow_incomplete):
+            plot(given.adapter, output)
         print(f"Wrote {output}")
         return
     version = conversation_of(given.adapter, given.version, "--version", otherwise="v1")
     data = SampleSource(given.data, given.image_folder, samples=given.samples, version=version)
-    output = Path(given.output or Path(given.adapter) / "routes")
+    output = Path(given.output or own_place(given.adapter, "routes"))
     check_writable(output, "--output")
     draw_task_routes(task_routes(given.adapter, given.model_base, data, choices_of(given)), output)
     print(f"Wrote routes.json and three pictures to {output}")

@@ -20,7 +20,9 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import distributed
 
+from ..adapters.adapter_folder import is_adapter
 from ..adapters.model_choices import AS_NAMED, ModelChoices
+from ..adapters.reading import read_any_config
 from ..errors import MixLoraError
 from ..folder_lock import locked
 from ..inference.conversation import conversation_of
@@ -122,6 +124,8 @@ def evaluate(
         MixLoraError: `output` holds the answers of another model or to other questions, or cannot be written; or the
             model cannot be loaded.
     """
+    if is_adapter(asking.model_path):
+        read_any_config(asking.model_path)  # before anything is written
     _join_processes()
     check_writable(output, "--output")
     with locked(output, "--output"):

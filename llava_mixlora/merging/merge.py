@@ -15,20 +15,19 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
-    NON_LORA_TRAINABLES,
     TOKENIZER_FILES,
-    read_non_lora_trainables,
+    write_non_lora_trainables,
 )
 from ..adapters.adapter_record import RECORD, read_record
 from ..adapters.base_check import check_base, record_of_merged
 from ..adapters.config_file import absolute
+from ..adapters.llava_config import read_llava_config
 from ..adapters.loader_names import misleading
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
@@ -41,6 +40,8 @@ from ..inference.model_flags import add_model_flags, choices_of
 from ..inference.samples import SampleSource
 from ..inputs import positive, read_json
 from ..method.tensor_names import PEFT_PREFIX
+from ..own_files import copy_own
+from ..writing import save_tensors
 from .distillation import STEPS
 from .fidelity import LARGEST_KL, REPORT, Fidelity
 from .stand_in import METHODS, TEMPLATE, source_of_kept, static_updates
@@ -190,7 +191,7 @@ def merge(
             the base is another one than the adapter's, the disk is too small, `output` is there, or a file is missing
             or damaged. No folder appears then.
     """
-    adapter, output = SavedAdapter(model_path), Path(output)
+    adapter, output = SavedAdapter(model_path, choices.allow_incomplete), Path(output)
     base = check_merge(adapter, model_base, output, choices)
     updates, fidelity = _judged(adapter, base, method, calibration, choices, steps, force, tell)
     with new_folder(FLAG, output) as folder:
@@ -214,7 +215,7 @@ def export_lora(
 
     Arguments, result and errors are those of [`merge`].
     """
-    adapter, output = SavedAdapter(model_path), Path(output)
+    adapter, output = SavedAdapter(model_path, choices.allow_incomplete), Path(output)
     base = check_merge(adapter, model_base, output, choices, copies_base=False)
     updates, fidelity = _judged(adapter, base, method, calibration, choices, steps, force, tell)
     with new_folder(FLAG, output) as folder:
@@ -260,8 +261,7 @@ def check_merge(
     for name, layer in adapter.items():
         _check_fits(f"{name}.weight", [layer.factors_B.shape[1], layer.factors_A.shape[1]], stored, base)
     check_base(adapter.folder, str(base), choices.allow_other_base)
-    beside = adapter.folder / NON_LORA_TRAINABLES
-    size = beside.stat().st_size if beside.is_file() else 0
+    size = 2 * sum(tensor.nbytes for tensor in adapter.beside.values())  # in two forms beside a LoRA
     size += sum(file.stat().st_size for file in weight_files(base)) if copies_base else 0
     check_room(FLAG, output, size + BESIDE_THE_WEIGHTS)
     return base
@@ -278,20 +278,20 @@ def write_merged(
         MixLoraError: a merged weight is not finite in the base's dtype, or the base lacks what the adapter replaces.
     """
     replaced = {_name_in_base(name): tensor for name, tensor in adapter.further_tensors().items()}
-    added = read_non_lora_trainables(adapter.folder)
+    added = adapter.beside
     stored = StoredWeights(base)
     for name, tensor in replaced.items():
         _check_fits(name, list(tensor.shape), stored, base)
-    config = adapter.folder / "config.json"
-    contents = read_json(config if config.is_file() else base / "config.json")
-    contents.pop("quantization_config", None)  # of a run with --bits 4; what is written here is not quantized
+    contents = read_llava_config(adapter.folder) or read_json(base / "config.json")
+    contents.pop("quantization_config", None)  # what is written here is not quantized
     if vision_tower is not None:
         contents["mm_vision_tower"] = absolute(vision_tower)
     (folder / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    tokenizer = adapter.folder if INPUT_EMBEDDINGS in added else base  # with more tokens than the base's, or the base's
     for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+        if INPUT_EMBEDDINGS in added:  # its tokenizer has more tokens than the base's
+            copy_own(adapter.folder, name, folder)
+        elif (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
     _write_shards(_merged_tensors(stored, updates, {**replaced, **added}), folder)
     record_of_merged(adapter.folder, str(base)).save(folder)
 
@@ -315,11 +315,14 @@ def write_lora(adapter: SavedAdapter, base: str, updates: StaticUpdates, folder:
         base_model_name_or_path=base,
         inference_mode=True,
     ).save_pretrained(str(folder))
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    grown = TOKENIZER_FILES if INPUT_EMBEDDINGS in read_non_lora_trainables(adapter.folder) else ()
-    for name in ("config.json", NON_LORA_TRAINABLES, RECORD, *grown):
-        if (adapter.folder / name).is_file():
-            shutil.copyfile(adapter.folder / name, folder / name)
+    save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME)
+    if adapter.beside:  # written anew: what has been read holds no code
+        named = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.beside.items()}
+        write_non_lora_trainables(folder, named)
+    if (contents := read_llava_config(adapter.folder)) is not None:
+        (folder / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    for name in (RECORD, *(TOKENIZER_FILES if INPUT_EMBEDDINGS in adapter.beside else ())):
+        copy_own(adapter.folder, name, folder)
 
 
 def _check_fits(name: str, expected: list[int], stored: StoredWeights, base: Path) -> None:
@@ -370,7 +373,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
 
     def write(shard: dict[str, Tensor]) -> None:
         shards.append(list(shard))
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(shard, folder / f"shard-{len(shards)}")
 
     shard: dict[str, Tensor] = {}
     filled = 0

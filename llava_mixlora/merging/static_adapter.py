@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor
 
-from ..adapters.adapter_folder import check_adapter, read_config
+from ..adapters.adapter_folder import weights_of
+from ..adapters.reading import read_mixlora
 from ..errors import MixLoraError
 from ..method.config import MixLoraConfig
 from ..method.static_core import Moments, low_rank_pair, lstsq_core, mean_core, squared_error, squared_norm
+from ..method.stored_tensors import allowing_incomplete
 from ..method.tensor_names import PEFT_PREFIX
 
 StaticUpdates = dict[str, tuple[Tensor, Tensor]]
@@ -50,18 +51,22 @@ def relative(error: Tensor, norm: Tensor) -> float:
 class SavedAdapter(Mapping[str, SavedLayer]):
     """The layers of the MIXLORA adapter in a folder, by the name that the base model knows them by.
 
+    `allow_incomplete`: of an adapter that lacks tensors, the layers that have both pools.
+
     Raises:
-        MixLoraError: there is no such adapter, or its files are damaged.
+        MixLoraError: there is no such adapter, it is incomplete, or its files are damaged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, allow_incomplete: bool = False) -> None:
         self.folder = Path(folder)
-        self.config: MixLoraConfig = read_config(folder)
-        check_adapter(folder)
-        self._tensors = safe_open(str(self.folder / SAFETENSORS_WEIGHTS_NAME), framework="pt")
+        with allowing_incomplete(allow_incomplete):
+            adapter = read_mixlora(folder)
+        self.config: MixLoraConfig = adapter.config
+        self.beside = adapter.beside
+        self._tensors = safe_open(str(weights_of(folder)), framework="pt")
         self._names = list(self._tensors.keys())
-        marker = ".mixlora_A"
-        self._layers = [name.removesuffix(marker) for name in self._names if name.endswith(marker)]
+        layers = [name.removesuffix(".mixlora_A") for name in self._names if name.endswith(".mixlora_A")]
+        self._layers = [layer for layer in layers if f"{layer}.mixlora_B" in self._names]
 
     def __getitem__(self, layer: str) -> SavedLayer:
         name = PEFT_PREFIX + layer

@@ -9,9 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
 from ..errors import MixLoraError
 from ..inputs import read_json
 from ..limits import NUM_FACTORS, TASKS
+from ..writing import follow_umask
 from .field_kinds import OF_ANY_ADAPTER, TRUTH, check_kinds, is_number, is_whole
 from .model_card import TrainingRecord, write_card
 from .patterns import check_pattern
@@ -257,6 +260,9 @@ class MixLoraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write `adapter_config.json` and, beside an adapter that `PeftModel.save_pretrained` has saved, its card."""
         super().save_pretrained(str(save_directory), **kwargs)
+        weights = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+        if weights.is_file() and not weights.is_symlink():
+            follow_umask(weights)  # safetensors makes it for its owner alone
         write_card(self, save_directory, self.training_record)
 
     @classmethod

@@ -185,7 +185,7 @@ def check_complete(missing: Sequence[str], of: int, place: str | Path) -> None:
     if missing and not incomplete_is_allowed():
         raise MixLoraError(
             f"{place} lacks {named(missing)} ({len(missing)} of {of} tensors); copy it again or train again "
-            f"({INCOMPLETE} loads it as it is)"
+            f"(commands that ask a model load it as it is with {INCOMPLETE})"
         )
 
 

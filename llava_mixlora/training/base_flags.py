@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..adapters.config_file import absolute, config_of
+from ..adapters.pickles import read_state_dict
 from ..adapters.tower_config import Tower, tower_config
 from ..errors import MixLoraError
 from .preflight import zero_stage
@@ -210,11 +210,10 @@ def _projector(file: str) -> dict[str, Tensor]:
 
 def _read_projector(file: str) -> dict[str, Tensor]:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle fails in many ways
+        return read_state_dict(Path(file))
+    except MixLoraError as error:
         raise MixLoraError(
-            f"--pretrain_mm_mlp_adapter {file}: cannot be read ({type(error).__name__}); expected the projector's .bin "
-            "as pretraining has saved it; copy it again"
+            f"--pretrain_mm_mlp_adapter: {error}; expected the projector's .bin as pretraining has saved it"
         ) from error
 
 

@@ -11,17 +11,17 @@ import hashlib
 import os
 import re
 import shutil
-import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..adapters.adapter_folder import NON_LORA_TRAINABLES, check_adapter
+from ..adapters.adapter_folder import NON_LORA_TRAINABLES
 from ..errors import MixLoraError
 from ..inputs import read_json
+from ..own_files import own_file
 from ..writing import is_failed_write, reason_of
 
 UNFINISHED = ".unfinished"
@@ -121,7 +121,6 @@ def verify(checkpoint: Path) -> None:
         for name in (NON_LORA_TRAINABLES, SAFETENSORS_WEIGHTS_NAME, TRAINER_STATE):
             if not (checkpoint / name).is_file():
                 raise MixLoraError(f"{checkpoint / name} is missing")
-        check_adapter(checkpoint)
         return
     listed = _listed(checkpoint)
     for name in (*NEEDED, *_states(checkpoint)):
@@ -132,8 +131,10 @@ def verify(checkpoint: Path) -> None:
             raise MixLoraError(f"{checkpoint / name} is damaged: its checksum is not the one in {CHECKSUMS}")
 
 
-def newest_whole(output_dir: str | Path) -> Path:
+def newest_whole(output_dir: str | Path, check: Callable[[Path], None] = verify) -> Path:
     """The newest checkpoint that is undamaged; each newer one is named on standard output, with what is wrong with it.
+
+    `check`: raises a [`MixLoraError`] for one that is damaged.
 
     Raises:
         MixLoraError: none of the checkpoints is whole.
@@ -141,7 +142,7 @@ def newest_whole(output_dir: str | Path) -> Path:
     damaged = []
     for checkpoint in checkpoints(output_dir):
         try:
-            verify(checkpoint)
+            check(checkpoint)
         except MixLoraError as error:
             damaged.append(checkpoint.name)
             print(f"{error}: skipping {checkpoint.name}", flush=True)
@@ -174,8 +175,8 @@ def _listed(checkpoint: Path) -> dict[str, str]:
     """
     sums, listed = checkpoint / CHECKSUMS, {}
     try:
-        if not stat.S_ISREG(sums.lstat().st_mode):
-            raise MixLoraError(f"{sums} is damaged: it is no regular file")
+        if own_file(checkpoint, CHECKSUMS) is None:
+            raise MixLoraError(f"{sums} is missing")
         lines = sums.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MixLoraError(f"{sums} cannot be read ({reason_of(error)})") from error
@@ -201,14 +202,10 @@ def _states(checkpoint: Path) -> Iterator[str]:
 
 def _sum_inside(checkpoint: Path, name: str) -> str:
     """The checksum of a regular file of a checkpoint; a link could lead out of it, and a pipe would never end."""
-    file = checkpoint
     try:
-        for part in PurePosixPath(name).parts:
-            file = file / part
-            if file.is_symlink():
-                raise MixLoraError(f"{file} is damaged: it is a link, not a file of the checkpoint")
-        if not stat.S_ISREG(file.lstat().st_mode):
-            raise MixLoraError(f"{file} is damaged: it is no regular file")
+        file = own_file(checkpoint, name)
+        if file is None:
+            raise MixLoraError(f"{checkpoint / name} is missing")
         return sha256_of(file)
     except OSError as error:
         raise MixLoraError(f"{checkpoint / name} cannot be read ({error.strerror})") from error

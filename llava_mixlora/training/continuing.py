@@ -27,14 +27,17 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.adapter_folder import (
     NON_LORA_TRAINABLES,
-    check_adapter,
     is_mixlora_adapter,
     read_config,
+    read_fields,
     read_non_lora_trainables,
+    weights_of,
 )
 from ..adapters.adapter_record import read_record
 from ..adapters.fingerprints import fingerprint
+from ..adapters.llava_config import read_llava_config
 from ..adapters.model_places import base_model_of
+from ..adapters.reading import read
 from ..adapters.stored_weights import weight_files
 from ..errors import MixLoraError
 from ..inputs import read_json
@@ -86,7 +89,7 @@ def words_of_adapter(argv: Sequence[str]) -> list[str]:
         return []
     _check_flags(given, folder)
     kind = _kind_of(folder)
-    recorded = read_json(Path(folder) / CONFIG_NAME).get("base_model_name_or_path")
+    recorded = read_fields(folder).get("base_model_name_or_path")
     base = _base(given.get("model_name_or_path"), recorded, folder)
     taken = {"model_name_or_path": base, **_taken_of_the_model(given, folder)}
     _check_projector(given, folder, kind, base)
@@ -168,7 +171,7 @@ def take_over(model: PeftModel, folder: str | Path) -> None:
         MixLoraError: it does not fit the model: another base, or another vision tower.
     """
     if is_mixlora_adapter(folder):
-        learnt = load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+        learnt = load_file(weights_of(folder))
         _check_tensors(model, learnt, folder)
         with _whole([each for name, each in model.named_parameters() if MixLoraModel.prefix in name]):
             peft.set_peft_model_state_dict(model, learnt, ADAPTER)
@@ -238,13 +241,12 @@ def _kind_of(folder: str) -> str:
         raise MixLoraError(
             f"--{INIT_FROM} {folder} is no adapter: it has no {CONFIG_NAME}; a model is given as --model_name_or_path"
         )
-    kind = read_json(place / CONFIG_NAME).get("peft_type")
+    kind = read_fields(place).get("peft_type")
     if kind not in ("MIXLORA", "LORA"):
         raise MixLoraError(f"--{INIT_FROM} {folder}: an adapter of type {kind!r}; expected MIXLORA, or a plain LORA")
     if (place / CHECKSUMS).is_file():
         verify(place)
-    if kind == "MIXLORA" or not (place / WEIGHTS_NAME).is_file():  # as older versions of PEFT saved a LoRA
-        check_adapter(place)
+    read(place)
     return kind
 
 
@@ -265,8 +267,7 @@ def _taken_of_the_model(given: Mapping[str, str], folder: str) -> dict[str, Any]
             f"--freeze_mm_mlp_adapter True: LLaVA saves no frozen projector, so that of --{INIT_FROM} {folder} would "
             "be lost; leave --freeze_mm_mlp_adapter out"
         )
-    file = Path(folder) / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_llava_config(folder) or {}
     for flag, key in OF_THE_MODEL.items():
         if flag in given and config.get(key) is not None and not _same_word(given[flag], config[key]):
             raise MixLoraError(

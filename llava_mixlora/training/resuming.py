@@ -13,13 +13,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..adapters.adapter_folder import NON_LORA_TRAINABLES, is_mixlora_adapter, read_config
+from ..adapters.adapter_folder import NON_LORA_TRAINABLES, is_mixlora_adapter, read_config, read_fields
 from ..adapters.fingerprints import weights_fingerprint
+from ..adapters.pickles import refuse_code
+from ..adapters.reading import read
 from ..errors import MixLoraError
 from ..inputs import read_json
 from ..method.config import MixLoraConfig
@@ -52,6 +55,9 @@ FREE_OF_THE_ADAPTER = (
 """Fields of [`MixLoraConfig`] that flags do not set, or that change nothing in what is learnt."""
 OF_THE_ADAPTER = re.compile(f"(?:mixlora|lora)_({'|'.join(field.name for field in fields(MixLoraConfig))})")
 """Flags that describe a MixLoRA adapter; they are compared by the configuration that they come to."""
+UNPICKLED = ("optimizer*", "scheduler*", "rng_state*", "scaler*", "*.pt", "*.pth")
+"""Files, as patterns, that are unpickled when a run goes on: by DeepSpeed, and by Trainer before PyTorch 2.6, with all
+that is in them."""
 SHOWN = 200  # letters of a value
 WAY_OUT = "use the flags and data that it was trained with to go on, or choose another --output_dir"
 NEW_DATA = f"{WAY_OUT} (--mixlora_init_from {{}} starts from its weights)"
@@ -141,6 +147,19 @@ def check_resuming(output_dir: str | Path, now: Run, adapter: MixLoraConfig | No
     return notes
 
 
+def check_usable(checkpoint: Path) -> None:
+    """Refuse a checkpoint that is damaged, whose adapter is none, or whose state would run code.
+
+    Raises:
+        MixLoraError: as [`checkpoint.verify`] and [`reading.read`]; or a pickled file holds code.
+    """
+    verify(checkpoint)
+    for file in files_of(checkpoint):
+        if any(fnmatch(file.name, pattern) for pattern in UNPICKLED):
+            refuse_code(file)
+    read(checkpoint)
+
+
 def finished(output_dir: str | Path, now: Run) -> Path | None:
     """The checkpoint of the last step, where the newest is it; None where something is left to train.
 
@@ -202,7 +221,7 @@ def _content(path: Any) -> str | None:
 
 def _check_same_adapter(checkpoint: Path, wanted: MixLoraConfig | None) -> None:
     try:
-        read_json(checkpoint / CONFIG_NAME)
+        read_fields(checkpoint)
     except MixLoraError:  # the checkpoint will be skipped as damaged
         return
     if is_mixlora_adapter(checkpoint) != (wanted is not None):

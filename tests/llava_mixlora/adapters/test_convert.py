@@ -226,7 +226,7 @@ def message(converted, tmp_path):
 def test_truncated_checkpoint_is_named(message, checkpoint, kept):
     weights = checkpoint / "pytorch_model.bin"
     weights.write_bytes(weights.read_bytes()[:kept])
-    assert "pytorch_model.bin cannot be read as a state dict: it is damaged" in message()
+    assert "pytorch_model.bin is damaged" in message()
 
 
 def test_one_flipped_bit_inside_a_tensor_is_found(message, checkpoint):
@@ -235,7 +235,7 @@ def test_one_flipped_bit_inside_a_tensor_is_found(message, checkpoint):
     tensor = torch.load(weights, weights_only=True)[f"{PREFIX}lm_head.weight"].numpy().tobytes()
     content[content.index(tensor) + 7] ^= 1
     weights.write_bytes(content)
-    assert "pytorch_model.bin cannot be read as a state dict: it is damaged" in message()
+    assert "pytorch_model.bin is damaged" in message()
 
 
 class Bomb:
@@ -252,7 +252,7 @@ class Bomb:
 def test_pickled_code_is_never_executed(message, checkpoint, tmp_path, file):
     (checkpoint / "cmoa_args.json").unlink()
     torch.save(argparse.Namespace(bomb=Bomb(tmp_path / "exploded")), checkpoint / file)
-    assert "never executed" in message() and file in message()
+    assert "not executed" in message() and file in message()
     assert not (tmp_path / "exploded").exists()
 
 
@@ -312,7 +312,7 @@ def test_options_without_an_equal_here_are_refused(message, checkpoint, option):
 
 def test_option_that_is_no_number_is_refused(message, checkpoint):
     edit_options(checkpoint, n_selected="3")
-    assert "n_selected='3': expected a number" in message()
+    assert "n_selected='3': expected a whole number" in message()
 
 
 def test_checkpoint_without_an_adapter_is_refused(message, checkpoint):

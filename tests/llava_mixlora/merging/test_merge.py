@@ -22,6 +22,7 @@ from llava_mixlora.inference.samples import SampleSource
 from llava_mixlora.merging import calibration, merge
 from llava_mixlora.merging.fidelity import LARGEST_KL, Fidelity
 from llava_mixlora.merging.stand_in import source_of_kept
+from llava_mixlora.writing import save_tensors
 
 from ...tiny import plain, write_adapter
 
@@ -477,13 +478,13 @@ def test_interrupted_merging_leaves_no_folder(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "SHARD_SIZE", 20_000)
     written = []
 
-    def interrupted(tensors, file, metadata):
+    def interrupted(tensors, file):
         written.append(file)
-        save_file(tensors, file, metadata)
+        save_tensors(tensors, file)
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "save_file", interrupted)
+    monkeypatch.setattr(merge, "save_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge.merge(adapter, None, tmp_path / "out", force=True)
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
@@ -494,12 +495,12 @@ def test_killed_merging_leaves_nothing_that_looks_finished_and_the_next_clears_u
     program = """
 import os, signal, sys
 from llava_mixlora.merging import merge
-merge.SHARD_SIZE, save_file = 20_000, merge.save_file
-def save(tensors, file, metadata):
-    save_file(tensors, file, metadata)
+merge.SHARD_SIZE, save_tensors = 20_000, merge.save_tensors
+def save(tensors, file):
+    save_tensors(tensors, file)
     if file.name == "shard-2":
         os.kill(os.getpid(), signal.SIGKILL)
-merge.save_file = save
+merge.save_tensors = save
 merge.merge(sys.argv[1], None, sys.argv[2], force=True)
 """
     output = tmp_path / "llava-merged"
@@ -518,5 +519,5 @@ def test_broken_adapter_is_not_merged(adapter, tmp_path):
     tensors = load_file(broken / "adapter_model.safetensors")
     tensors["base_model.model.model.layers.1.mlp.up_proj.mixlora_B"][0, 0] = torch.nan
     save_file(tensors, broken / "adapter_model.safetensors")
-    assert "is not finite" in message_of(broken, None, tmp_path / "out", force=True)
+    assert "up_proj.mixlora_B (1 tensors) are not finite" in message_of(broken, None, tmp_path / "out", force=True)
     assert not (tmp_path / "out").exists()

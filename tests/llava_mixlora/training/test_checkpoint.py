@@ -195,11 +195,12 @@ def test_what_is_no_regular_file_inside_is_damaged_and_does_not_hang(output, tmp
     else:
         file.symlink_to(elsewhere / "same")
     said = message(checkpoint.verify, folder)
-    assert str(file) in said and "damaged" in said
+    assert str(file) in said and ("outside of its folder" if "link" in kind else "is no regular file") in said
 
 
 def test_list_that_is_a_pipe_or_a_dangling_link_is_damaged(output, tmp_path):
     for make in (os.mkfifo, lambda place: place.symlink_to(tmp_path / "gone")):
         (output / "checkpoint-10" / checkpoint.CHECKSUMS).unlink()
         make(output / "checkpoint-10" / checkpoint.CHECKSUMS)
-        assert "no regular file" in message(checkpoint.verify, output / "checkpoint-10")
+        said = message(checkpoint.verify, output / "checkpoint-10")
+        assert "checksums.sha256 is no regular file" in said or "checksums.sha256 cannot be read" in said

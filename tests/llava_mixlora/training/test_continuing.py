@@ -142,12 +142,15 @@ def test_adapter_that_is_not_whole_is_named(adapter, harm, named):
 def test_plain_lora_without_a_projector_has_nothing_to_go_on_with(adapter):
     folder = adapter("lora")
     (folder / NON_LORA_TRAINABLES).unlink()
+    assert "lacks model.mm_projector.0.weight" in message_of(words, folder)
+    rewrite(folder / "config.json", freeze_mm_mlp_adapter=True)  # LLaVA alone saves none then
     assert "only the projector goes on" in message_of(words, folder)
 
 
 def test_projector_that_would_be_random_is_named(adapter, llama_folder):
     folder = adapter()
     (folder / NON_LORA_TRAINABLES).unlink()
+    rewrite(folder / "config.json", freeze_mm_mlp_adapter=True)
     assert "--pretrain_mm_mlp_adapter" not in str(words(folder))  # the base has one
     rewrite(folder / "adapter_config.json", base_model_name_or_path=str(llama_folder))
     assert "--pretrain_mm_mlp_adapter" in message_of(words, folder)
