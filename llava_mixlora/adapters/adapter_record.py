@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from ..errors import MixLoraError
 from ..inputs import read_json
+from ..own_files import own_file
 from ..writing import write_whole
 from .config_file import config_file
 from .fingerprints import Fingerprint, fingerprint
@@ -99,7 +100,7 @@ def read_record(model: str | Path, cache_dir: str | None = None) -> AdapterRecor
     """That of an adapter or merged checkpoint, by its folder or hub name; None where it has none.
 
     Raises:
-        MixLoraError: the file is damaged, or a newer version of the plugin wrote it.
+        MixLoraError: the file is damaged or a link out of the folder, or a newer version of the plugin wrote it.
     """
     file = _record_file(str(model), cache_dir)
     if file is None:
@@ -130,7 +131,7 @@ def read_record(model: str | Path, cache_dir: str | None = None) -> AdapterRecor
 def _record_file(model: str, cache_dir: str | None) -> Path | None:
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder / RECORD if (folder / RECORD).is_file() else None
+        return own_file(folder, RECORD)
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         return None
     try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import MixLoraError
 from ..inputs import read_json
+from ..own_files import own_file
 from ..writing import write_whole
 from .conversations import Sample, Unusable, as_sample
 from .drawing import drawn_evenly
@@ -81,10 +82,10 @@ def kept_calibration(folder: str | Path) -> KeptCalibration | None:
     """What was kept beside the adapter in `folder`; None where nothing was.
 
     Raises:
-        MixLoraError: the file is damaged.
+        MixLoraError: the file is damaged, or a link out of the folder.
     """
-    file = Path(folder) / KEPT
-    if not file.is_file():
+    file = own_file(folder, KEPT)
+    if file is None:
         return None
     content = read_json(file)
     samples, image_folder = content.get("samples"), content.get("image_folder")

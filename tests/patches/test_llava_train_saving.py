@@ -1,17 +1,25 @@
 """What upstream's train() saves of a LLaVA with an adapter, as its functions are called there."""
 
 import json
+import stat
 import sys
 from types import SimpleNamespace
 
 import peft
 import pytest
+import torch
 import transformers
 from llava_mixlora.patches.llava_train import _train_checked
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from llava_mixlora import MixLoraError
+from llava_mixlora.adapters.adapter_folder import (
+    NON_LORA_TRAINABLES,
+    SAFE_NON_LORA_TRAINABLES,
+    read_non_lora_trainables,
+)
 from llava_mixlora.adapters.adapter_record import read_record
 
 EMBEDDINGS = {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"}
@@ -121,3 +129,18 @@ def test_a_number_of_samples_that_merging_could_not_use_is_refused(train, reques
         pytest.skip("plain LoRA keeps none")
     with pytest.raises(MixLoraError, match="--mixlora_calibration_samples 1: expected 0"):
         train(lambda *_: None, "--mixlora_calibration_samples", "1")
+
+
+def test_projector_is_saved_as_safetensors_too_and_all_files_follow_the_umask(train, tmp_path):
+    folder = tmp_path / "adapter"
+
+    def body(upstream, _, model):
+        saved = beside(upstream, model)
+        model.save_pretrained(folder)
+        torch.save(saved, folder / NON_LORA_TRAINABLES)
+        return saved
+
+    saved, found = train(body), load_file(folder / SAFE_NON_LORA_TRAINABLES)
+    assert found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+    assert len(read_non_lora_trainables(folder)) == len(saved)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o644}

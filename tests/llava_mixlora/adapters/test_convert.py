@@ -386,3 +386,9 @@ def test_card_tells_how_llava_loads_it(converted):
 def test_full_disk_is_one_line_and_leaves_nothing(message):
     with no_room(2_000):
         assert "could not be written (File too large)" in message()
+
+
+@pytest.mark.parametrize("value", [10**12, 4097, 0, -1, 2.5, True, None, "8"])
+def test_pools_of_impossible_sizes_are_refused_at_once(message, checkpoint, value):
+    edit_options(checkpoint, n_experts=value)
+    assert f"n_experts={value!r}: expected a whole number from 1 to 4096" in message()

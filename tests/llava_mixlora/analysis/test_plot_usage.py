@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llava_mixlora.analysis.plot_usage import plot
 from llava_mixlora.cli import main
@@ -71,3 +72,29 @@ def test_missing_matplotlib_is_one_line(adapter, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # what Python notes of a module that is not there
     assert main(["plot", str(adapter)]) == 1
     assert "plot needs matplotlib; pip install 'llava-mixlora[eval]'" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["usage.png", ".unfinished-usage.png"])
+def test_nothing_is_drawn_through_a_link_in_the_adapters_folder(adapter, tmp_path, capsys, name):
+    (tmp_path / "precious").write_text("precious")
+    (adapter / name).symlink_to(tmp_path / "precious")
+    status = main(["plot", str(adapter)])
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (status, "is a link" in capsys.readouterr().err) == ((1, True) if name == "usage.png" else (0, False))
+
+
+def test_routes_are_not_written_into_a_linked_folder(adapter, data, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (adapter / "routes").symlink_to(tmp_path / "elsewhere")
+    assert main(["plot", str(adapter), "--data", str(data / "data.json"), "--image-folder", str(data)]) == 1
+    assert "routes is a link" in capsys.readouterr().err and not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_incomplete_adapter_is_drawn_where_that_is_asked_for(adapter, capsys):
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.mixlora_A"]
+    save_file(tensors, weights)
+    assert main(["plot", str(adapter)]) == 1
+    assert "q_proj.mixlora_A (1 of " in capsys.readouterr().err
+    assert main(["plot", str(adapter), "--allow-incomplete"]) == 0

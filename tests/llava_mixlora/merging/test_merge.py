@@ -1,8 +1,10 @@
 """`llava-mixlora merge` and `export-lora`, and what programs without the plugin make of the results."""
 
 import json
+import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,8 +15,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from llava_mixlora import MixLoraError
-from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
-from llava_mixlora.adapters.adapter_record import AdapterRecord
+from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
+from llava_mixlora.adapters.adapter_record import RECORD, AdapterRecord
 from llava_mixlora.cli import main
 from llava_mixlora.data.conversations import read_conversations
 from llava_mixlora.data.kept_calibration import KEPT, keep_calibration
@@ -521,3 +523,57 @@ def test_broken_adapter_is_not_merged(adapter, tmp_path):
     save_file(tensors, broken / "adapter_model.safetensors")
     assert "up_proj.mixlora_B (1 tensors) are not finite" in message_of(broken, None, tmp_path / "out", force=True)
     assert not (tmp_path / "out").exists()
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("make", [merge.merge, merge.export_lora])
+def test_file_with_code_is_neither_run_nor_passed_on(adapter, tmp_path, make):
+    hostile = shutil.copytree(adapter, tmp_path / "llava-hostile-mixlora")
+    torch.save({"model.mm_projector.0.weight": Code(tmp_path / "ran")}, hostile / NON_LORA_TRAINABLES)
+    with pytest.raises(MixLoraError, match=r"holds code \('posix.mkdir'\), which was not executed"):
+        make(hostile, None, tmp_path / "out")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_exported_lora_holds_what_was_read_in_both_forms(adapter, tmp_path):
+    merge.export_lora(adapter, None, tmp_path / "out", force=True)
+    both = read_non_lora_trainables(tmp_path / "out"), read_non_lora_trainables(adapter)
+    assert both[0].keys() == both[1].keys() and (tmp_path / "out" / "non_lora_trainables.safetensors").is_file()
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("make", [merge.merge, merge.export_lora])
+@pytest.mark.parametrize("name", ["config.json", RECORD, "tokenizer.json", NON_LORA_TRAINABLES])
+def test_linked_files_are_not_copied(adapter, base, tmp_path, make, name):
+    hostile = shutil.copytree(adapter, tmp_path / "llava-hostile-mixlora")
+    (tmp_path / "secret").write_text('{"a": "secret"}')
+    if name == "tokenizer.json":  # is copied where the vocabulary has grown
+        beside = torch.load(hostile / NON_LORA_TRAINABLES)
+        beside |= {
+            f"base_model.model.{n}": torch.zeros(321, 32) for n in ("model.embed_tokens.weight", "lm_head.weight")
+        }
+        torch.save(beside, hostile / NON_LORA_TRAINABLES)
+    (hostile / name).unlink(missing_ok=True)
+    (hostile / name).symlink_to("../secret")
+    with pytest.raises(MixLoraError, match=f"{name} is a link to .*secret, outside of its folder"):
+        make(hostile, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", [merge.merge, merge.export_lora])
+def test_incomplete_adapter_is_not_merged(adapter, tmp_path, make):
+    broken = shutil.copytree(adapter, tmp_path / "llava-broken-mixlora")
+    tensors = load_file(broken / "adapter_model.safetensors")
+    kept = {name: each for name, each in tensors.items() if "layers.1." not in name}
+    save_file(kept, broken / "adapter_model.safetensors")
+    with pytest.raises(MixLoraError, match=r"lacks model.layers.1"):
+        make(broken, None, tmp_path / "out")

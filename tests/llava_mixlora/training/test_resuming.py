@@ -2,11 +2,12 @@
 
 import copy
 import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import HfArgumentParser
 
 from llava_mixlora import MixLoraConfig
@@ -14,6 +15,7 @@ from llava_mixlora.training import checkpoint
 from llava_mixlora.training.resuming import (
     Run,
     check_resuming,
+    check_usable,
     describe_run,
     finished,
     is_written,
@@ -21,7 +23,7 @@ from llava_mixlora.training.resuming import (
     write_run,
 )
 
-from ...tiny import message_of
+from ...tiny import message_of, write_adapter
 
 SAMPLES = [
     {"id": number, "image": f"{number}.png", "conversations": [{"from": "human", "value": f"What is {number}?"}]}
@@ -281,3 +283,39 @@ def test_result_is_written_once_its_last_file_is(tmp_path, describe):
 def test_samples_in_a_step_are_those_of_all_processes():
     run = Run({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}, 1, "", 2, {})
     assert run.samples_per_step == 24
+
+
+@pytest.fixture
+def whole(llava_folder, tmp_path):
+    """A checkpoint with a real adapter, as LLaVA alone leaves it, without checksums."""
+    folder = write_adapter(llava_folder, tmp_path / "checkpoint-3")
+    (folder / checkpoint.TRAINER_STATE).write_text("{}")
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.pt")
+    (folder / "global_step3").mkdir()
+    torch.save({"module": {"a": torch.ones(2)}}, folder / "global_step3" / "mp_rank_00_model_states.pt")
+    return folder
+
+
+def test_whole_checkpoint_is_usable(whole):
+    check_usable(whole)
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "global_step3/mp_rank_00_model_states.pt", "scaler.pt"]
+)
+def test_state_with_code_is_not_gone_on_from(whole, name):
+    torch.save({"state": Code()}, whole / name)
+    assert f"{whole / name} holds code ('posix.system'), which was not executed" in message_of(check_usable, whole)
+
+
+def test_adapter_of_a_checkpoint_goes_through_the_door(whole):
+    weights = load_file(whole / "adapter_model.safetensors")
+    name = next(name for name in weights if name.endswith("mixlora_B"))
+    weights[name][0] = float("nan")
+    save_file(weights, whole / "adapter_model.safetensors")
+    assert "are not finite" in message_of(check_usable, whole)
