@@ -81,7 +81,7 @@ def _load_adapter(
             flush=True,
         )
     check_base(model_path, base, chosen.allow_other_base)
-    adapter = read(model_path, base)
+    adapter = read(model_path, base, to_load=True)
     config = llava_config(model_path)
     if getattr(config, "mm_vision_tower", None) is not None:
         config.mm_vision_tower = vision_tower_of(model_path, config.mm_vision_tower, chosen.vision_tower, base)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..method.model_card import TrainingRecord
-from .adapter_folder import NON_LORA_TRAINABLES
+from .adapter_folder import NON_LORA_TRAINABLES, SAFE_NON_LORA_TRAINABLES
 
 
 def llava_record() -> TrainingRecord:
@@ -27,6 +27,6 @@ from llava.model.builder import load_pretrained_model
 tokenizer, model, image_processor, _ = load_pretrained_model("ADAPTER", None, "llava-mixlora")
 ```
 
-The projector was trained beside the adapter and lies in `{NON_LORA_TRAINABLES}`. After `patches.apply()`,
-`PeftModel.from_pretrained` and `AutoPeftModelForCausalLM` put it into a LLaVA too; else the base's stays in its place.
-Without `import llava_mixlora`, PEFT ends with `KeyError: 'MIXLORA'`."""
+The projector was trained beside the adapter and lies in `{SAFE_NON_LORA_TRAINABLES}` and, for LLaVA alone, in
+`{NON_LORA_TRAINABLES}`. After `patches.apply()`, `PeftModel.from_pretrained` and `AutoPeftModelForCausalLM` put it into
+a LLaVA too; else the base's stays in its place. Without `import llava_mixlora`, PEFT ends with `KeyError: 'MIXLORA'`."""

@@ -40,15 +40,17 @@ STRINGS = ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING",
 WIDE = "a name that it puts together while it is read"
 
 
-def read_pickle(file: Path) -> Any:
+def read_pickle(file: Path, verify: bool = False) -> Any:
     """What a file holds, where that is nothing but numbers in tensors, texts, and lists and dictionaries of them.
+
+    `verify`: compare with the checksums that are in the file, which reads all of it once more.
 
     Raises:
         MixLoraError: it holds code, which is named and was not executed, or it is damaged.
     """
     try:
         is_zip = _is_zip(file)
-        if is_zip:
+        if is_zip and verify:
             verify_checksums(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle fails in many ways
@@ -56,13 +58,13 @@ def read_pickle(file: Path) -> Any:
         raise MixLoraError(f"{file} is damaged ({_reason(error)}); copy it again") from error
 
 
-def read_state_dict(file: Path) -> dict[str, Tensor]:
-    """The tensors in a file, by name.
+def read_state_dict(file: Path, verify: bool = False) -> dict[str, Tensor]:
+    """The tensors in a file, by name. `verify`: as in [`read_pickle`].
 
     Raises:
         MixLoraError: as [`read_pickle`], or it holds something else.
     """
-    state = read_pickle(file)
+    state = read_pickle(file, verify)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):

@@ -72,7 +72,7 @@ def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 def _state_dict(file: Path) -> dict[str, Callable[[], Tensor]]:
-    state = read_state_dict(file)
+    state = read_state_dict(file, verify=True)
     if not state:
         raise MixLoraError(f"{file} holds no tensors; copy it again")
     return {name: partial(state.__getitem__, name) for name in state}

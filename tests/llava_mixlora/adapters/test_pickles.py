@@ -109,7 +109,7 @@ def test_damaged_numbers_are_noticed(tmp_path):
     content = bytearray((tmp_path / "file.bin").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "file.bin").write_bytes(bytes(content))
-    assert "is damaged" in message_of(read_pickle, tmp_path / "file.bin")
+    assert "is damaged" in message_of(read_pickle, tmp_path / "file.bin", verify=True)
 
 
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, {1: torch.ones(1)}, torch.ones(1)])
