@@ -68,8 +68,19 @@ def read_llava_config(folder: str | Path) -> dict[str, Any] | None:
     if file is None:
         return None
     fields = read_json(file)
+    return as_data(fields, file)
+
+
+def as_data(fields: dict[str, Any], place: str | Path) -> dict[str, Any]:
+    """What the `config.json` of a model says, but for what selects code.
+
+    `place`: the file, for the message.
+
+    Raises:
+        MixLoraError: it says what no model has.
+    """
     if problem := next(_problems(fields), None):
-        raise MixLoraError(f"{file}: {problem}; copy it again")
+        raise MixLoraError(f"{place}: {problem}; copy it again")
     return {name: value for name, value in fields.items() if name not in SELECTING and not name.startswith("_")}
 
 

@@ -35,6 +35,7 @@ from ..own_files import own_file
 from .adapter_folder import (
     NON_LORA_TRAINABLES,
     SAFE_NON_LORA_TRAINABLES,
+    TOKENIZER_FILES,
     read_config,
     read_fields,
     read_non_lora_trainables,
@@ -85,6 +86,8 @@ def read(folder: str | Path, base: str | None = None, to_load: bool = False) -> 
             further ones, does not fit its configuration or the base, or holds numbers that are none, or code.
     """
     folder = Path(folder)
+    for name in TOKENIZER_FILES:
+        own_file(folder, name)
     config, llava, of_base = read_any_config(folder), read_llava_config(folder), _config_of_base(base)
     file = _weights(folder)
     forms = forms_in(file) if file.suffix == ".safetensors" else forms_of(read_state_dict(file))

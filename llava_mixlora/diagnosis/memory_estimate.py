@@ -25,6 +25,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from ..adapters.llava_config import as_data
 from ..errors import MixLoraError
 from ..inputs import check_model_path
 from ..method.config import MixLoraConfig
@@ -215,6 +216,7 @@ def read_model_config(source: str, vision_tower: str | None = None) -> ModelConf
                 f"{source}: {name} is {values.get(name)!r}, but a model's configuration has a whole number of at least "
                 "1 there; give a model's folder or its config.json"
             )
+    values = as_data(values, source)
     own = {k: v for k, v in values.items() if not k.startswith("mm_") and k not in NOT_OF_THE_LANGUAGE_MODEL}
     try:
         language = ARCHITECTURES[kind](**own, use_cache=False)

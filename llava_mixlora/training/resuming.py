@@ -157,6 +157,7 @@ def check_usable(checkpoint: Path) -> None:
     for file in files_of(checkpoint):
         if any(fnmatch(file.name, pattern) for pattern in UNPICKLED):
             refuse_code(file)
+    read_json(checkpoint / TRAINER_STATE, only_numbers=False)
     read(checkpoint)
 
 

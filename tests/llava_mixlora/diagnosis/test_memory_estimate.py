@@ -32,7 +32,7 @@ from llava_mixlora.diagnosis.memory_estimate import (
 from llava_mixlora.diagnosis.step_memory import peak_of_step
 
 from ...conftest import LLAMA
-from ...tiny import VOCABULARY
+from ...tiny import VOCABULARY, message_of
 
 SIZES = {
     "tiny": {**LLAMA, "vocab_size": VOCABULARY},
@@ -396,3 +396,19 @@ def test_an_unnamed_tower_is_taken_for_clip_large(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_CONFIG))
     config = read_model_config(str(tmp_path))
     assert config.image_tokens == 576 and "assuming openai/clip-vit-large-patch14-336" in config.notes[0]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_hidden_layers": 10**9}, {"hidden_size": 10**9}, {"mm_projector_type": "mlp999999999x_gelu"}]
+)
+def test_sizes_that_no_model_has_are_refused_before_a_layer_is_made(llava_folder, tmp_path, fields):
+    values = {**json.loads((llava_folder / "config.json").read_text()), **fields}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    ((name, value),) = fields.items()
+    assert f"{name}={value!r}" in message_of(read_model_config, str(tmp_path))
+
+
+def test_kernel_that_a_model_names_is_not_loaded(llava_folder, tmp_path):
+    values = {**json.loads((llava_folder / "config.json").read_text()), "_attn_implementation": "owner/kernel"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_model_config(str(tmp_path)).language._attn_implementation != "owner/kernel"

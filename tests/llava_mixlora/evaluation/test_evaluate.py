@@ -1,6 +1,7 @@
 """`llava-mixlora eval`: answers in batches and by several processes, and runs that go on after they were killed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,3 +183,30 @@ def test_merged_model_is_evaluated_too(model, questions_file, tmp_path):
     assert main(words(str(tmp_path / "llava-merged"), questions_file, tmp_path / "scores")) == 0
     assert len(lines(tmp_path / "scores")) == 12
     assert torch.tensor([bool(line["text"]) for line in lines(tmp_path / "scores")]).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "words_of_error"),
+    [
+        ("{", "not valid JSON"),
+        ('{"peft_type": "MIXLORA", "num_factors": "8"}', "num_factors='8'"),
+        ('{"peft_type": "MIXLORA", "target_modules": "(.*)*x"}', "could take minutes"),
+        ("[" * 10**5, "nested more than 64 deep"),
+    ],
+)
+def test_adapter_whose_configuration_is_damaged_is_one_line_and_nothing_is_written(
+    model, questions_file, tmp_path, capsys, text, words_of_error
+):
+    broken = shutil.copytree(model, tmp_path / "llava-broken-mixlora")
+    (broken / "adapter_config.json").write_text(text)
+    assert main(words(str(broken), questions_file, tmp_path / "scores")) == 1
+    said = capsys.readouterr().err
+    assert words_of_error in said and said.count("\n") == 1 and not (tmp_path / "scores").exists()
+
+
+def test_incomplete_adapter_is_asked_only_where_that_is_meant(model, questions_file, tmp_path, capsys):
+    broken = shutil.copytree(model, tmp_path / "llava-broken-mixlora")
+    (broken / "non_lora_trainables.bin").unlink()
+    assert main(words(str(broken), questions_file, tmp_path / "scores")) == 1
+    assert "lacks model.mm_projector.0.weight" in capsys.readouterr().err
+    assert main(words(str(broken), questions_file, tmp_path / "scores", "--allow-incomplete", "--limit", "1")) == 0
