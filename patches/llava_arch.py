@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from llava_mixlora import MixLoraError
+from llava_mixlora.adapters.pickles import TensorsOnly
 from llava_mixlora.method.forward_passes import known_answers, refine
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
 from .patch import FAULT, METHOD, Patch
-from .torch_load import weights_only
 
 
 def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
@@ -55,7 +55,7 @@ PATCHES = (
         "llava.model.llava_arch:torch",
         kind=FAULT,
         why="torch.load runs the code that a file holds, before PyTorch 2.6 unless it is told not to",
-        replace=weights_only,
+        replace=TensorsOnly,
     ),
     Patch(
         "llava.model.llava_arch:LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal",

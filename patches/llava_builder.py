@@ -25,6 +25,7 @@ from llava_mixlora.adapters.llava_config import check_names_no_code, llava_confi
 from llava_mixlora.adapters.loader_names import loader_name
 from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
 from llava_mixlora.adapters.model_places import base_model_of, vision_tower_of
+from llava_mixlora.adapters.pickles import TensorsOnly
 from llava_mixlora.adapters.reading import Adapter, read
 from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.errors import MixLoraError
@@ -32,8 +33,8 @@ from llava_mixlora.method.stored_tensors import allowing_incomplete
 
 from ..adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 from .patch import ANY_KEYWORD, FAULT, METHOD, Patch
-from .torch_load import weights_only
 
+OUTSIDE = re.compile(NOT_THE_LANGUAGE_MODEL)
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
 
 
@@ -164,6 +165,8 @@ def _with_adapter(model: Any, adapter: Adapter) -> Any:
         # In upstream's LoRA runs the tower is loaded after the adapter. PEFT 0.13 knows no exclude_modules.
         names = "|".join(map(re.escape, sorted(config.target_modules)))  # the last parts of them, or all
         config.target_modules = rf"(?!{NOT_THE_LANGUAGE_MODEL})(.*\.)?({names})"
+    elif adapter.is_mixlora and config.exclude_modules is None and not any(map(OUTSIDE.match, adapter.forms)):
+        config.exclude_modules = NOT_THE_LANGUAGE_MODEL  # it was trained before its tower was loaded
     return PeftModel.from_pretrained(model, str(adapter.folder), config=config).eval()
 
 
@@ -210,7 +213,7 @@ PATCHES = (
         "llava.model.builder:torch",
         kind=FAULT,
         why="torch.load runs the code that a file holds, before PyTorch 2.6 unless it is told not to",
-        replace=weights_only,
+        replace=TensorsOnly,
     ),
     Patch(
         "llava.model.builder:load_pretrained_model",

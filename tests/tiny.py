@@ -85,6 +85,7 @@ def write_adapter(base, folder, trained=True, one_route=False, **form):
         model.train()(input_ids=ids, labels=ids)
     projector = {n: p.detach() + 0.1 for n, p in model.named_parameters() if "mm_projector" in n and "lora" not in n}
     assert len(projector) == 4
+    model.config.tune_mm_mlp_adapter = model.config.freeze_mm_mlp_adapter = False
     model.config.save_pretrained(folder)
     model.save_pretrained(folder)
     torch.save(projector, folder / NON_LORA_TRAINABLES)

@@ -27,6 +27,7 @@ def check_trained_beside(
     place: Path,
     llava: Mapping[str, Any] | None,
     of_base: Mapping[str, Any] | None,
+    is_of_training: bool,
     is_of_the_authors: bool,
 ) -> None:
     """Refuse tensors that no run trains beside an adapter, and a projector that does not fit or is not there.
@@ -36,6 +37,8 @@ def check_trained_beside(
         place: their file, for the message.
         llava: the adapter's `config.json`; without one nothing is known of a projector.
         of_base: that of the model that it is to be loaded on, where it is known.
+        is_of_training: LLaVA's training wrote the adapter, which trains the projector, unless that is frozen, and saves
+            it; who trains in Python may have left it as it is in the base.
         is_of_the_authors: the authors' training changes embeddings and head too.
 
     Raises:
@@ -50,8 +53,9 @@ def check_trained_beside(
         _check_embeddings(found, of_base, place)
     wanted = projector_shapes(config)
     of_projector = {name.removeprefix(PROJECTOR): form for name, form in found.items() if name.startswith(PROJECTOR)}
-    is_left_to_base = config.get("freeze_mm_mlp_adapter") and not of_projector
-    if llava is None or wanted == {} or is_left_to_base:
+    base_has_none = of_base is not None and projector_shapes(of_base) == {}
+    is_left_to_base = not base_has_none and (config.get("freeze_mm_mlp_adapter") or not is_of_training)
+    if llava is None or wanted == {} or (is_left_to_base and not of_projector):
         return
     if wanted is None:  # of a fork, whose form is not known here
         check_complete([] if of_projector else [f"{PROJECTOR}*"], len(found) + 1, place)

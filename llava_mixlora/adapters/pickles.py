@@ -10,6 +10,7 @@ import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
@@ -73,6 +74,28 @@ def read_state_dict(file: Path, verify: bool = False) -> dict[str, Tensor]:
         if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise MixLoraError(f"{file}: {name[:200]!r} is larger than what the file holds of it; copy it again")
     return state
+
+
+class TensorsOnly(ModuleType):
+    """`torch` for a module that loads what strangers have pickled: its `load` gives tensors, and runs nothing.
+
+    They come on the CPU, which is where LLaVA asks for them. All else is `torch` itself.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__(module.__name__, module.__doc__)
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def load(self, file: str | Path, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """The tensors in a file, by name.
+
+        Raises:
+            MixLoraError: as [`read_state_dict`].
+        """
+        return read_state_dict(Path(file))
 
 
 def refuse_code(file: Path) -> None:

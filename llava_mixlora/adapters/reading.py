@@ -41,12 +41,15 @@ from .adapter_folder import (
     read_non_lora_trainables,
     weights_of,
 )
+from .adapter_record import RECORD
 from .beside_check import check_trained_beside
 from .config_file import config_file, config_of
 from .expected_layers import IN_DECODER, decoder_layers, targeted
 from .llava_config import read_llava_config
 from .pickles import read_state_dict
 from .plain_lora import LARGEST_RANK, LORA, MARKER, OF_LORA, check_lora
+
+OF_TRAINING = (RECORD, "trainer_state.json")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def read(folder: str | Path, base: str | None = None, to_load: bool = False) -> 
     _check_tensors(config, forms, of_base if llava is None else llava, file)
     adapter = Adapter(folder, config, forms, llava, read_non_lora_trainables(folder))
     place, is_of_the_authors = _beside_file(folder), getattr(config, "router_gradient", None) == "none"
-    check_trained_beside(adapter.beside, place, llava, of_base, is_of_the_authors)
+    check_trained_beside(adapter.beside, place, llava, of_base, _is_of_training(folder, llava), is_of_the_authors)
     if not (to_load and adapter.is_mixlora):
         check_finite(adapter.tensors(), file)
     check_finite(adapter.beside.items(), place)
@@ -188,6 +191,11 @@ def _check_tensors(config: Any, forms: Mapping[str, Form], of_model: Mapping[str
         check_tensors(config, found, file, layers, width if type(width) is int else None)
     elif config.peft_type == LORA:
         check_lora(config, found, file, layers)
+
+
+def _is_of_training(folder: Path, llava: Mapping[str, Any] | None) -> bool:
+    """Whether LLaVA's training wrote an adapter: it notes flags of its own, and this plugin's record and state."""
+    return "freeze_mm_mlp_adapter" in (llava or {}) or any((folder / name).is_file() for name in OF_TRAINING)
 
 
 def _beside_file(folder: Path) -> Path:

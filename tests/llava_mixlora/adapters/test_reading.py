@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_mixlora import MixLoraConfig
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL, write_non_lora_trainables
+from llava_mixlora.adapters.adapter_record import RECORD
 from llava_mixlora.adapters.reading import read, read_mixlora
 from llava_mixlora.method.stored_tensors import allowing_incomplete
 
@@ -233,6 +234,18 @@ def test_frozen_projector_may_be_the_bases(adapter):
     (folder / NON_LORA_TRAINABLES).unlink()
     configure(folder, "config.json", freeze_mm_mlp_adapter=True)
     assert read(folder).beside == {}
+
+
+def test_projector_that_was_not_trained_is_the_bases_where_that_has_one(adapter, llava_folder, llama_folder):
+    folder = adapter()
+    (folder / NON_LORA_TRAINABLES).unlink()
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["freeze_mm_mlp_adapter"]  # as of who trains in Python
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert read(folder, str(llava_folder)).beside == read(folder).beside == {}
+    assert "lacks model.mm_projector.0.weight" in message_of(read, folder, str(llama_folder))
+    (folder / RECORD).write_text("{}")
+    assert "lacks model.mm_projector.0.weight" in message_of(read, folder, str(llava_folder))
 
 
 def test_projector_is_read_as_safetensors_where_it_is_there(adapter):
