@@ -53,7 +53,9 @@ def unfinished(output_dir: str | Path) -> Path:
 
 def discard_unfinished(output_dir: str | Path) -> None:
     """Remove what a run that was killed while it saved has left."""
-    shutil.rmtree(unfinished(output_dir), ignore_errors=True)
+    if (left := unfinished(output_dir)).is_symlink():  # what would be written next would go where it leads
+        left.unlink()
+    shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

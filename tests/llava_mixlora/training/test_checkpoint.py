@@ -204,3 +204,11 @@ def test_list_that_is_a_pipe_or_a_dangling_link_is_damaged(output, tmp_path):
         make(output / "checkpoint-10" / checkpoint.CHECKSUMS)
         said = message(checkpoint.verify, output / "checkpoint-10")
         assert "checksums.sha256 is no regular file" in said or "checksums.sha256 cannot be read" in said
+
+
+def test_unfinished_checkpoint_is_not_written_through_a_link(output, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    checkpoint.unfinished(output).symlink_to(elsewhere)
+    checkpoint.discard_unfinished(output)
+    write(output, "checkpoint-12")
+    assert not checkpoint.unfinished(output).is_symlink() and not any(elsewhere.iterdir())
