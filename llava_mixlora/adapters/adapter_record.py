@@ -25,6 +25,7 @@ RECORD = "adapter_record.json"
 VERSION = version("llava-mixlora")
 FORMAT = 1
 """Grows when a reader of before could take a record for something else; further fields do not need it."""
+LONGEST = 4096  # letters of a name, which messages repeat
 IMAGE_FLAGS = (
     *("image_aspect_ratio", "image_grid_pinpoints", "mm_vision_select_layer", "mm_vision_select_feature"),
     *("mm_use_im_start_end", "mm_use_im_patch_token", "mm_projector_type"),
@@ -107,9 +108,10 @@ def read_record(model: str | Path, cache_dir: str | None = None) -> AdapterRecor
         return None
     contents = read_json(file)
     if not isinstance(contents.get("format"), int) or contents["format"] > FORMAT:
+        told, of = (_shown(contents.get(name)) for name in ("format", "version"))
         raise MixLoraError(
-            f"{file} says format={contents.get('format')!r}, written by llava-mixlora {contents.get('version')}, and "
-            f"this is {VERSION}, which reads up to {FORMAT}; install that version or a newer one"
+            f"{file} says format={told}, written by llava-mixlora {of}, and this is {VERSION}, which reads up to "
+            f"{FORMAT}; install that version or a newer one"
         )
     try:
         return AdapterRecord(
@@ -157,6 +159,10 @@ def _fingerprint(contents: Mapping[str, Any]) -> Fingerprint:
 
 def _text(contents: Mapping[str, Any], name: str) -> str | None:
     value = contents.get(name)
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is no text")
+    if value is not None and not (isinstance(value, str) and len(value) <= LONGEST and value.isprintable()):
+        raise TypeError(f"{name}={_shown(value)} is no text in one line of up to {LONGEST} letters")
     return value
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:100]

@@ -8,10 +8,10 @@ from pathlib import Path
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import MixLoraError
-from ..inputs import read_json
 from .adapter_record import AdapterRecord, KnownModel, MergedAdapter, read_record
 from .config_file import config_of
 from .fingerprints import fingerprint, fingerprint_of_file
+from .llava_config import read_llava_config
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 """Fields of a language model's configuration that decide the shapes of an adapter's tensors."""
@@ -73,8 +73,7 @@ def _merged_into(folder: str | Path, of_base: AdapterRecord | None) -> MergedAda
 
 def _check_shapes(folder: str | Path, base: str, trained_on: str, cache_dir: str | None) -> None:
     found = config_of(base, cache_dir) or {}
-    config = Path(folder) / "config.json"
-    expected = read_json(config) if config.is_file() else {}
+    expected = read_llava_config(folder) or {}
     for field in SHAPE:
         if field in found and expected.get(field) is not None and found[field] != expected[field]:
             raise MixLoraError(

@@ -58,7 +58,7 @@ class Fingerprint:
     def differences(self, recorded: Fingerprint) -> list[str]:
         """In words, how this model differs from the one on record."""
         found = [
-            f"its {name} is {self.config[name]!r} and not {recorded.config[name]!r}"
+            f"its {name} is {_shown(self.config[name])} and not {_shown(recorded.config[name])}"
             for name in OF_THE_RESULT
             if name in self.config and name in recorded.config and self.config[name] != recorded.config[name]
         ]
@@ -69,7 +69,7 @@ class Fingerprint:
             found.append(f"its tokenizer differs ({', '.join(sorted(common))})")
         ours, theirs = self.image_processing or {}, recorded.image_processing or {}
         found += [
-            f"it processes images with {name} {_sizes(ours[name])!r} and not {_sizes(theirs[name])!r}"
+            f"it processes images with {name} {_shown(_sizes(ours[name]))} and not {_shown(_sizes(theirs[name]))}"
             for name in OF_AN_IMAGE
             if name in ours and name in theirs and _sizes(ours[name]) != _sizes(theirs[name])
         ]
@@ -86,7 +86,8 @@ def fingerprint(model: str, cache_dir: str | None = None) -> Fingerprint | None:
     if file is None:
         return None
     contents = read_json(file)
-    contents = contents.get("vision_config") or contents  # of a CLIP with its text model, as OpenAI's are stored
+    of_tower = contents.get("vision_config")  # of a CLIP with its text model, as OpenAI's are stored
+    contents = of_tower if of_tower and isinstance(of_tower, dict) else contents
     folder = file.parent
     return Fingerprint(
         config={name: contents[name] for name in OF_THE_RESULT if contents.get(name) is not None},
@@ -153,7 +154,8 @@ def _tokenizer(folder: Path) -> dict[str, str] | None:
         found["tokenizer.model"] = hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
     if (folder / "tokenizer.json").is_file():
         # What else is in it depends on the version that wrote it.
-        vocabulary = (read_json(folder / "tokenizer.json").get("model") or {}).get("vocab")
+        model = read_json(folder / "tokenizer.json").get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
         found["tokenizer.json"] = hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
     return found or None
 
@@ -166,4 +168,9 @@ def _image_processing(folder: Path) -> dict[str, Any] | None:
 
 def _sizes(value: Any) -> Any:
     """A square's size as one number, which some versions write as `{"height": 336, "width": 336}`."""
-    return next(iter(value.values())) if isinstance(value, dict) and len(set(value.values())) == 1 else value
+    sides = list(value.values()) if isinstance(value, dict) else []
+    return sides[0] if sides and sides.count(sides[0]) == len(sides) else value
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:100]

@@ -28,5 +28,6 @@ tokenizer, model, image_processor, _ = load_pretrained_model("ADAPTER", None, "l
 ```
 
 The projector was trained beside the adapter and lies in `{SAFE_NON_LORA_TRAINABLES}` and, for LLaVA alone, in
-`{NON_LORA_TRAINABLES}`. After `patches.apply()`, `PeftModel.from_pretrained` and `AutoPeftModelForCausalLM` put it into
-a LLaVA too; else the base's stays in its place. Without `import llava_mixlora`, PEFT ends with `KeyError: 'MIXLORA'`."""
+`{NON_LORA_TRAINABLES}`. After `patches.apply()`, `PeftModel.from_pretrained` and `AutoPeftModelForCausalLM` put it
+into a LLaVA too; else the base's stays in its place. Without `import llava_mixlora`, PEFT ends with
+`KeyError: 'MIXLORA'`."""

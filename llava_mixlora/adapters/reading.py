@@ -95,13 +95,21 @@ def read(folder: str | Path, base: str | None = None, to_load: bool = False) -> 
     file = _weights(folder)
     forms = forms_in(file) if file.suffix == ".safetensors" else forms_of(read_state_dict(file))
     _check_tensors(config, forms, of_base if llava is None else llava, file)
-    adapter = Adapter(folder, config, forms, llava, read_non_lora_trainables(folder))
-    place, is_of_the_authors = _beside_file(folder), getattr(config, "router_gradient", None) == "none"
-    check_trained_beside(adapter.beside, place, llava, of_base, _is_of_training(folder, llava), is_of_the_authors)
+    adapter = Adapter(folder, config, forms, llava, _beside(folder, config, llava, of_base))
     if not (to_load and adapter.is_mixlora):
         check_finite(adapter.tensors(), file)
-    check_finite(adapter.beside.items(), place)
     return adapter
+
+
+def read_beside(folder: str | Path, config: Any) -> dict[str, Tensor]:
+    """What was trained beside an adapter that PEFT has read, checked as [`read`] does; empty where nothing lies there.
+
+    `config`: the adapter's, of PEFT.
+
+    Raises:
+        MixLoraError: as [`read`], of these files.
+    """
+    return _beside(Path(folder), config, read_llava_config(folder), None)
 
 
 def read_mixlora(folder: str | Path) -> Adapter:
@@ -191,6 +199,16 @@ def _check_tensors(config: Any, forms: Mapping[str, Form], of_model: Mapping[str
         check_tensors(config, found, file, layers, width if type(width) is int else None)
     elif config.peft_type == LORA:
         check_lora(config, found, file, layers)
+
+
+def _beside(
+    folder: Path, config: Any, llava: Mapping[str, Any] | None, of_base: Mapping[str, Any] | None
+) -> dict[str, Tensor]:
+    beside, place = read_non_lora_trainables(folder), _beside_file(folder)
+    is_of_the_authors = getattr(config, "router_gradient", None) == "none"
+    check_trained_beside(beside, place, llava, of_base, _is_of_training(folder, llava), is_of_the_authors)
+    check_finite(beside.items(), place)
+    return beside
 
 
 def _is_of_training(folder: Path, llava: Mapping[str, Any] | None) -> bool:

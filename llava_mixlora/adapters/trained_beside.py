@@ -12,7 +12,8 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from ..method.tensor_names import PEFT_PREFIX
-from .adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
+from .adapter_folder import NON_LORA_TRAINABLES, SAFE_NON_LORA_TRAINABLES
+from .reading import read_beside
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
 
@@ -31,10 +32,10 @@ def load_trained_beside(model: nn.Module, adapter: str, place: str, others: Coll
         options: of the download, as PEFT takes them; further ones are ignored.
 
     Raises:
-        MixLoraError: `non_lora_trainables.bin` cannot be read.
+        MixLoraError: it lacks tensors or has strange ones, or its file is damaged or holds code (as `reading.read`).
     """
     folder = _folder(place, options)
-    trained = {} if folder is None else read_non_lora_trainables(folder)
+    trained = {} if folder is None else read_beside(folder, _config_of(model, adapter))
     if not trained:
         return
     parameters = {_bare(name): parameter for name, parameter in model.named_parameters()}
@@ -63,10 +64,16 @@ def _folder(place: str, options: dict[str, Any]) -> Path | None:
     if folder.is_dir():
         return folder
     given = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
-    try:
-        return Path(hf_hub_download(place, NON_LORA_TRAINABLES, **given)).parent
-    except Exception:  # not there, as for adapters of other models; the adapter itself has been found
-        return None
+    for name in (SAFE_NON_LORA_TRAINABLES, NON_LORA_TRAINABLES):
+        try:
+            return Path(hf_hub_download(place, name, **given)).parent
+        except Exception:  # not there, as for adapters of other models; the adapter itself has been found
+            continue
+    return None
+
+
+def _config_of(model: nn.Module, adapter: str) -> Any:
+    return (getattr(model, "peft_config", None) or {}).get(adapter)
 
 
 def _bare(name: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..adapters.adapter_record import read_record
+from ..adapters.adapter_record import RECORD, read_record
+from ..errors import MixLoraError
 
 SAME = {"vicuna_v1": "v1"}
 """Templates that upstream has under two names."""
@@ -20,11 +21,25 @@ def conversation_of(model_path: str | Path, said: str | None, flag: str, otherwi
         said: what the user says; None for nothing.
         flag: how the user says it.
         otherwise: the template where the model has no record.
+
+    Raises:
+        MixLoraError: the record is damaged, or names a template that LLaVA does not have.
     """
     record = read_record(model_path)
     recorded = None if record is None else record.conversation
     if said is None:
-        return recorded or otherwise
+        return otherwise if recorded is None else _known(recorded, model_path, flag)
     if recorded is not None and SAME.get(said, said) != SAME.get(recorded, recorded):
         print(f"note: {flag} {said}: {model_path} was trained with {recorded}; {said} is used, as you say", flush=True)
     return said
+
+
+def _known(recorded: str, model_path: str | Path, flag: str) -> str:
+    from llava.conversation import conv_templates
+
+    if recorded not in conv_templates:
+        raise MixLoraError(
+            f"{model_path}: its {RECORD} names the conversation template {recorded[:100]!r}, which LLaVA does not "
+            f"have; say another with {flag}, one of {', '.join(conv_templates)}"
+        )
+    return recorded

@@ -8,9 +8,9 @@ from typing import Any
 
 import psutil
 import torch
-from peft.utils import CONFIG_NAME
 from transformers import PretrainedConfig
 
+from ..adapters.adapter_folder import is_adapter
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_places import base_model_of
 from ..inputs import check_model_path
@@ -47,10 +47,10 @@ def load_for_inference(
     patches.apply()
     from llava.model.builder import load_pretrained_model
 
-    is_adapter = (Path(model_path) / CONFIG_NAME).is_file()
-    base = base_model_of(model_path, model_base and str(model_base)) if is_adapter else None
+    has_adapter = is_adapter(model_path)
+    base = base_model_of(model_path, model_base and str(model_base)) if has_adapter else None
     # Upstream takes its branch by the name, and merges its own adapters.
-    name = "llava-lora" if is_adapter else "llava-mistral" if _is_mistral(model_path) else "llava"
+    name = "llava-lora" if has_adapter else "llava-mistral" if _is_mistral(model_path) else "llava"
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     tokenizer, model, image_processor, _ = load_pretrained_model(
         str(model_path),

@@ -40,7 +40,7 @@ from ..inference.model_flags import add_model_flags, choices_of
 from ..inference.samples import SampleSource
 from ..inputs import positive, read_json
 from ..method.tensor_names import PEFT_PREFIX
-from ..own_files import copy_own, own_file
+from ..own_files import copy_own
 from ..writing import save_tensors
 from .distillation import STEPS
 from .fidelity import LARGEST_KL, REPORT, Fidelity
@@ -252,8 +252,8 @@ def check_merge(
     """What can be known to fail before anything is computed; returns the folder of the base.
 
     Raises:
-        MixLoraError: `output` is there, the base is missing, quantized or another one than the adapter's, files of the
-            adapter's folder are links out of it, or the disk has no room for the result.
+        MixLoraError: `output` is there, the base is missing, quantized or another one than the adapter's, or the disk
+            has no room for the result.
     """
     check_output(FLAG, output)
     base = base_folder(base_model_of(adapter.folder, model_base))
@@ -261,8 +261,6 @@ def check_merge(
     for name, layer in adapter.items():
         _check_fits(f"{name}.weight", [layer.factors_B.shape[1], layer.factors_A.shape[1]], stored, base)
     check_base(adapter.folder, str(base), choices.allow_other_base)
-    for name in (RECORD, *TOKENIZER_FILES):  # which are copied in the end
-        own_file(adapter.folder, name)
     size = 2 * sum(tensor.nbytes for tensor in adapter.beside.values())  # in two forms beside a LoRA
     size += sum(file.stat().st_size for file in weight_files(base)) if copies_base else 0
     check_room(FLAG, output, size + BESIDE_THE_WEIGHTS)

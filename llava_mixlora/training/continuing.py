@@ -350,9 +350,9 @@ def _why_another_base(given: Path, recorded: str | None, adapter: Path) -> str |
     # One of the two is a name of the hub, or gone: then the name and the shapes tell.
     if given.name.lower() != known.name.lower():
         return "it has another name"
-    written, of_base = adapter / "config.json", given / "config.json"
-    if written.is_file() and of_base.is_file():
-        ours, theirs = read_json(of_base), read_json(written)
+    of_base = given / "config.json"
+    if of_base.is_file():
+        ours, theirs = read_json(of_base), read_llava_config(adapter) or {}
         for name in SHAPE_OF_A_BASE:
             if name in ours and name in theirs and ours[name] != theirs[name]:
                 return f"it has {name}={ours[name]!r} instead of {theirs[name]!r}"

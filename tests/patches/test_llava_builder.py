@@ -6,11 +6,13 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 
 from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
+from llava_mixlora.adapters.model_choices import ModelChoices
 
-from ..tiny import layers, paper_form, random_ids, randomise
+from ..tiny import layers, message_of, paper_form, random_ids, randomise
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -94,6 +96,14 @@ def test_adapter_stays_an_adapter_and_its_base_is_inferred(load, adapter, base):
     assert len(tokenizer) == model.config.vocab_size and context_length == 2048
     assert image_processor.crop_size["height"] == 16
     assert torch.equal(ask(model), ask(loaded_by_peft(base, adapter)))
+
+
+def test_incomplete_adapter_is_loaded_where_that_is_chosen(load, damaged):
+    weights = load_file(damaged / "adapter_model.safetensors")
+    del weights[next(name for name in weights if name.endswith("mixlora_A"))]
+    save_file(weights, damaged / "adapter_model.safetensors")
+    assert "lacks" in message_of(load, damaged)
+    assert load(damaged, choices=ModelChoices(allow_incomplete=True))[1].peft_config
 
 
 def test_adapter_and_projector_have_an_effect(load, adapter, base, damaged):

@@ -60,7 +60,17 @@ def test_format_of_a_newer_version_is_refused_with_both_versions(tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"conversation": 3}, {"base": "x"}, {"base": {}}, {"merged": 7}, {"merged": ["x"]}, {"data": 3}, {"format": "1"}],
+    [
+        {"conversation": "v1\nv2"},
+        {"conversation": 5000 * "v"},
+        {"conversation": 3},
+        {"base": "x"},
+        {"base": {}},
+        {"merged": 7},
+        {"merged": ["x"]},
+        {"data": 3},
+        {"format": "1"},
+    ],
     ids=str,
 )
 def test_damaged_record_is_one_line(tmp_path, fields):
@@ -87,3 +97,10 @@ def test_folder_is_recorded_so_that_it_is_found_from_elsewhere(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     known = known_model("base")
     assert (known.name_or_path, known.is_folder) == (str(tmp_path / "base"), True)
+
+
+def test_record_that_is_a_link_out_of_the_folder_is_not_read(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    FULL.save(tmp_path)
+    (tmp_path / "adapter" / RECORD).symlink_to("../" + RECORD)
+    assert "outside of its folder" in message_of(read_record, tmp_path / "adapter")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,14 @@ def test_image_processing_is_told_by_field(base):
     assert differences(base, other(base, "copy", preprocessor_config=same)) == []
     (found,) = differences(base, other(base, "smaller", preprocessor_config={"size": 224}))
     assert found == "it processes images with size 224 and not 336"
+
+
+@pytest.mark.parametrize("size", [{"height": [336], "width": {}}, {}, [], "wide " * 100])
+def test_strange_sizes_on_record_are_another_processing(base, size):
+    (base / "preprocessor_config.json").write_text(json.dumps({"size": 336}))
+    recorded = replace(fingerprint(str(base)), image_processing={"size": size})
+    (found,) = fingerprint(str(base)).differences(recorded)
+    assert found.startswith("it processes images with size 336 and not") and len(found) < 200
 
 
 def test_what_is_not_known_is_not_compared(base):

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_folder import INPUT_EMBEDDINGS, NON_LORA_TRAINABLES, read_non_lora_trainables
+from llava_mixlora.method.stored_tensors import allowing_incomplete
 
 from ...tiny import LINEAR_LAYERS, message_of, plain, write_adapter
 
@@ -124,8 +125,32 @@ def test_code_in_the_file_is_not_run(other, llava_folder):
         PeftModel.from_pretrained(plain(llava_folder), other)
 
 
-def test_adapter_without_such_a_file_loads_as_ever(other, llava_folder):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model.mm_projector.0.weight": None}, "lacks model.mm_projector.0.weight (1 of 4 tensors)"),
+        ({"model.mm_projector.0.bias": torch.full((32,), torch.nan)}, "are not finite"),
+        ({"model.layers.0.mlp.up_proj.weight": torch.zeros(64, 32)}, "model.layers.0.mlp.up_proj.weight (1 of 5"),
+    ],
+)
+def test_what_lies_beside_is_held_to_what_the_adapter_is(other, llava_folder, change, said):
+    change = {f"base_model.model.{name}": tensor for name, tensor in change.items()}
+    state = {**torch.load(other / NON_LORA_TRAINABLES), **change}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    torch.save(state, other / NON_LORA_TRAINABLES)
+    assert said in message_of(PeftModel.from_pretrained, plain(llava_folder), other)
+
+
+def test_projector_that_training_has_left_has_to_be_there(other, llava_folder):
     (other / NON_LORA_TRAINABLES).unlink()
+    assert "lacks model.mm_projector.0.weight" in message_of(PeftModel.from_pretrained, plain(llava_folder), other)
+    with allowing_incomplete():
+        PeftModel.from_pretrained(plain(llava_folder), other)
+
+
+def test_adapter_that_peft_alone_has_saved_loads_as_ever(other, llava_folder):
+    (other / NON_LORA_TRAINABLES).unlink()
+    (other / "config.json").unlink()
     lines, model = told(lambda: PeftModel.from_pretrained(plain(llava_folder), other))
     assert lines == []
     assert torch.equal(model.get_model().mm_projector[0].weight, plain(llava_folder).model.mm_projector[0].weight)

@@ -80,3 +80,10 @@ def test_a_number_that_merging_could_not_use_is_refused(count):
     assert f"--mixlora_calibration_samples {count}" in message_of(check_count, count)
     for usable in (0, 2, 512):
         check_count(usable)
+
+
+def test_samples_that_are_a_link_out_of_the_folder_are_not_read(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    keep(tmp_path)
+    (tmp_path / "adapter" / KEPT).symlink_to("../" + KEPT)
+    assert "outside of its folder" in message_of(kept_calibration, tmp_path / "adapter")

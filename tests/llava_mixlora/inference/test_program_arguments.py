@@ -10,6 +10,8 @@ from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
 from llava_mixlora.inference.conversation import conversation_of
 from llava_mixlora.inference.program_arguments import program_arguments
 
+from ...tiny import message_of
+
 pytestmark = pytest.mark.one_stack
 
 LLAVA = Path(find_spec("llava").origin).parent
@@ -44,6 +46,14 @@ def test_same_template_by_another_name_is_no_other(adapter, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_template_that_llava_does_not_have_is_one_line(adapter):
+    AdapterRecord(conversation="v9").save(adapter)
+    words = ["--model-path", adapter]
+    message = message_of(program_arguments, LLAVA / "serve/cli.py", words)
+    assert adapter in message and "'v9'" in message and "--conv-mode" in message
+    assert conversation_of(adapter, "v1", "--conv-mode", "") == "v1"
+
+
 def test_model_without_a_record_is_left_to_the_program(tmp_path, capsys):
     words = ["--model-path", str(tmp_path)]
     assert program_arguments(LLAVA / "serve/cli.py", words) == (words, AS_NAMED)
@@ -74,10 +84,18 @@ def test_worker_whose_name_tells_keeps_it(tmp_path):
 
 
 def test_what_is_said_to_the_plugin_does_not_reach_the_program(adapter):
-    words = ["--vision-tower=clip", "--model-path", adapter, "--allow-other-base", "--conv-mode", "v1"]
+    words = [
+        "--vision-tower=clip",
+        "--model-path",
+        adapter,
+        "--allow-other-base",
+        "--allow-incomplete",
+        "--conv-mode",
+        "v1",
+    ]
     left, choices = program_arguments(LLAVA / "serve/cli.py", words)
     assert left == ["--model-path", adapter, "--conv-mode", "v1"]
-    assert choices == ModelChoices(vision_tower="clip", allow_other_base=True)
+    assert choices == ModelChoices(vision_tower="clip", allow_other_base=True, allow_incomplete=True)
 
 
 def test_training_keeps_all_its_words():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
 from llava_mixlora.adapters.adapter_record import RECORD, AdapterRecord
+from llava_mixlora.adapters.model_choices import ModelChoices
 from llava_mixlora.cli import main
 from llava_mixlora.data.conversations import read_conversations
 from llava_mixlora.data.kept_calibration import KEPT, keep_calibration
@@ -577,3 +578,18 @@ def test_incomplete_adapter_is_not_merged(adapter, tmp_path, make):
     save_file(kept, broken / "adapter_model.safetensors")
     with pytest.raises(MixLoraError, match=r"lacks model.layers.1"):
         make(broken, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+UP = "model.layers.{}.mlp.up_proj.weight"
+
+
+def test_layers_that_lack_a_pool_are_left_out_where_an_incomplete_adapter_is_merged(adapter, base, tmp_path):
+    broken = shutil.copytree(adapter, tmp_path / "llava-broken-mixlora")
+    tensors = load_file(broken / "adapter_model.safetensors")
+    del tensors["base_model.model.model.layers.1.mlp.up_proj.mixlora_B"]
+    save_file(tensors, broken / "adapter_model.safetensors")
+    merge.merge(broken, None, tmp_path / "out", choices=ModelChoices(allow_incomplete=True), force=True)
+    merged, of_base = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
+    changed = {n for n in (0, 1) if not torch.equal(merged[UP.format(n)], of_base[UP.format(n)])}
+    assert changed == {0}
