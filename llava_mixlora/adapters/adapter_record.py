@@ -119,7 +119,7 @@ def read_record(model: str | Path, cache_dir: str | None = None) -> AdapterRecor
             base=_model(contents.get("base")),
             vision_tower=_model(contents.get("vision_tower")),
             images=dict(contents.get("images") or {}),
-            data=dict(contents.get("data") or {}),
+            data=_data(contents),
             merged=tuple(MergedAdapter(_text(each, "name"), _text(each, "weights")) for each in contents["merged"]),
             version=_text(contents, "version"),
             format=contents["format"],
@@ -148,6 +148,15 @@ def _model(contents: Mapping[str, Any] | None) -> KnownModel | None:
     found = contents["fingerprint"]
     name, revision = _text(contents, "name_or_path"), _text(contents, "revision")
     return KnownModel(name, bool(contents["is_folder"]), revision, found and _fingerprint(found))
+
+
+def _data(contents: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(contents.get("data") or {})
+    for name in ("name", "sha256"):
+        _text(found, name)
+    if not isinstance(found.get("samples"), (int, type(None))):
+        raise TypeError(f"samples={_shown(found['samples'])} is no number")
+    return found
 
 
 def _fingerprint(contents: Mapping[str, Any]) -> Fingerprint:

@@ -69,6 +69,8 @@ def test_format_of_a_newer_version_is_refused_with_both_versions(tmp_path):
         {"merged": 7},
         {"merged": ["x"]},
         {"data": 3},
+        {"data": {"name": "a\nb"}},
+        {"data": {"samples": "3"}},
         {"format": "1"},
     ],
     ids=str,
