@@ -104,7 +104,9 @@ def _keep_samples(original: Callable[..., None]) -> Callable[..., None]:
 def _keep(folder: Path, running: RunningTrain) -> None:
     given, data = {**UPSTREAM_DEFAULTS, **given_flags(sys.argv[1:])}, running.data.training
     count, seed = running.arguments.mixlora_calibration_samples, running.arguments.seed
-    keep_calibration(folder, data.samples, count, data.path, given.get("image_folder"), given["version"], seed)
+    # --version v0 leaves LLaVA with the template of v1, which the record tells.
+    template = (running.record and running.record.conversation) or given["version"]
+    keep_calibration(folder, data.samples, count, data.path, given.get("image_folder"), template, seed)
     if count and folder.absolute() == Path(running.arguments.output_dir).absolute():
         print(
             f"{KEPT}: {min(count, data.usable)} samples of {data.path} are kept beside the adapter for merging (texts "

@@ -20,6 +20,7 @@ from ..method.stored_tensors import allowing_incomplete
 from ..method.tensor_names import FURTHER, KINDS, PEFT_PREFIX, STATISTICS, USAGE, by_number
 from ..method.word_centre import WARM_UP, WORDS
 from .adapter_folder import weights_of
+from .adapter_record import AdapterRecord, read_record
 from .reading import read_mixlora
 from .score_spread import INPUTS, ScoreSpread, score_spread
 
@@ -109,6 +110,8 @@ def describe(folder: str | Path) -> Iterator[str]:
     config = contents.config
     yield f"MixLoRA adapter {folder}"
     yield f"base model: {config.base_model_name_or_path or 'not recorded'}"
+    if (record := read_record(folder)) is not None:
+        yield from _record_lines(record)
     yield f"adapted layers: {contents.layers}"
     shown = [f"{name}={value}" for name, value in settings_of(config).items() if name != "tasks"]
     shown.append(f"format_version={config.format_version}")
@@ -133,6 +136,17 @@ def describe(folder: str | Path) -> Iterator[str]:
         yield from _usage_lines(contents)
     else:
         yield "no statistics: the adapter was saved untrained, by an older version, or converted"
+
+
+def _record_lines(record: AdapterRecord) -> Iterator[str]:
+    """What training was done with, of what the record tells."""
+    told = {
+        "conversation template": record.conversation,
+        "vision tower": record.vision_tower,
+        "data": record.data and f"{record.data.get('name')}, {record.data.get('samples')} samples",
+        "trained with llava-mixlora": record.version,
+    }
+    yield from (f"{what}: {value}" for what, value in told.items() if value)
 
 
 def _spread_lines(spread: dict[str, ScoreSpread]) -> Iterator[str]:

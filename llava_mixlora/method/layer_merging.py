@@ -13,9 +13,10 @@ from .layer_settings import LayerSettings
 from .merged_weight import merged_weight, set_weight, weight_of
 from .static_core import Moments, low_rank_pair, lstsq_core, squared_error, squared_norm
 
-LOSSY = 0.5
+LOSSY = 0.65
 """A static update that misses more than this share of the dynamic one over the training data, ‖error‖ / ‖update‖, is
-said to lose: [what that costs](../../scripts/README.md#merging) differs from task to task."""
+said to lose. It is a poor witness: on the playground's tasks 0.74 went with 72 points of accuracy (routes by words),
+0.50 with one (the paper's form), but 0.42 with 15 (routes by the instruction's hidden states)."""
 
 
 class MergeableLayer:

@@ -263,7 +263,7 @@ def draw(contents: dict[str, Any], file: Path) -> None:
         axis.set(title=form, xlabel="held-out accuracy (%); dashed: dynamic", xlim=(0, 100))
         axis.set_yticks(places, list(rows), fontsize=8)
         axis.invert_yaxis()
-        axis.legend(loc="lower right")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper left", ncols=2)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)

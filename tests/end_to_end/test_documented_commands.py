@@ -99,7 +99,7 @@ def environment(place):
 def test_command_runs(place, command):
     shorter = SHORTENED.get(beginning(command, SHORTENED), "")
     # The scripts are those of the repository itself, which is where they are set up.
-    words = f"{command.partition('  #')[0]} {shorter}".replace("bash scripts/", f"bash {ROOT}/scripts/")
+    words = f"{command.partition(' #')[0]} {shorter}".replace("bash scripts/", f"bash {ROOT}/scripts/")
     words = words.replace("source scripts/", f"source {ROOT}/scripts/")
     done = subprocess.run(
         ["bash", "-c", words],

@@ -101,7 +101,8 @@ def test_interrupted_merge_leaves_nothing(place, tmp_path, monkeypatch, capfd):
     from llava_mixlora.merging import merge
 
     def interrupted(*arguments):
-        (arguments[-1] / "model.safetensors").write_text("half")
+        _, _, _, folder, _ = arguments
+        (folder / "model.safetensors").write_text("half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(merge, "write_merged", interrupted)

@@ -107,10 +107,12 @@ def test_saved_adapter_tells_its_base(train, llava_folder, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").pad_token == "[PAD]"
 
 
-def test_only_mixlora_keeps_samples_to_merge_by_and_only_where_they_are_wanted(train, request, tmp_path):
+def test_only_mixlora_keeps_samples_to_merge_by_and_only_where_they_are_wanted(train, request, tmp_path, monkeypatch):
     mixlora = "mixlora" in request.node.callspec.id
 
     def body(upstream, _, model):
+        templates = upstream.conversation_lib.conv_templates
+        monkeypatch.setattr(upstream.conversation_lib, "default_conversation", templates["v1"])  # as train() does
         model.save_pretrained(tmp_path / "out")
 
     train(body, "--version", "v1", "--mixlora_calibration_samples", "2")

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES
+from llava_mixlora.adapters.adapter_record import AdapterRecord
 from llava_mixlora.adapters.inspect_adapter import read_contents
 from llava_mixlora.adapters.score_spread import INPUTS, SEED, score_spread
 from llava_mixlora.cli import main
@@ -75,6 +76,13 @@ def test_configuration_and_statistics_are_printed(adapter, capsys):
     assert len(rows) == 14 and all(len(row) == 2 + 6 and row[1] == "3" for row in rows)
     assert all(0 <= float(figure) <= 1 for row in rows for figure in row[2:])
     assert lines[-1].startswith("mean over the layers")
+
+
+def test_what_it_was_trained_with_is_printed(adapter, capsys):
+    folder = adapter()
+    AdapterRecord(conversation="v1", data={"name": "mix.json", "samples": 3}).save(folder)
+    lines = printed(capsys, folder)
+    assert "conversation template: v1" in lines and "data: mix.json, 3 samples" in lines
 
 
 def test_options_and_tasks_of_the_method_are_printed(adapter, capsys):
