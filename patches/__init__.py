@@ -20,6 +20,7 @@ from . import (
     llava_trainer_init_from,
     peft_save_and_load,
     transformers_config,
+    transformers_peft,
     transformers_trainer,
 )
 from .patch import KINDS, Patch, PatchError
@@ -44,7 +45,7 @@ PATCHES: tuple[Patch, ...] = (
     *deepspeed_zero3.PATCHES,
 )
 
-OF_THE_METHOD: tuple[Patch, ...] = peft_save_and_load.PATCHES
+OF_THE_METHOD: tuple[Patch, ...] = (*peft_save_and_load.PATCHES, *transformers_peft.PATCHES)
 """Those that `import llava_mixlora` applies, with LLaVA or without."""
 
 __all__ = ["KINDS", "OF_THE_METHOD", "PATCHES", "Patch", "PatchError", "apply", "undo"]
