@@ -52,13 +52,13 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     """The language model's decoder and what precedes the names of its modules in the model's; None where there is none.
 
     It is what `get_decoder()` gives, or, where that holds more than the decoder (a tower in upstream's LLaVA and in
-    transformers before 5), the module in it that holds the token embeddings.
+    transformers before 5), or is not there (transformers 4.37), the module in it that holds the token embeddings.
     """
-    if not hasattr(model, "get_decoder") or not _generates(model):
+    trunk = _given_decoder(model)
+    if trunk is None or not _generates(model, trunk):
         return None
-    trunk = model.get_decoder()
     names = {id(module): name for name, module in model.named_modules()}
-    if trunk is None or id(trunk) not in names:
+    if id(trunk) not in names:
         return None
     prefix = f"{names[id(trunk)]}.".lstrip(".")
     embeddings = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
@@ -69,11 +69,17 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     return prefix, trunk
 
 
-def _generates(model: nn.Module) -> bool:
+def _given_decoder(model: nn.Module) -> nn.Module | None:
+    if hasattr(model, "get_decoder"):
+        return model.get_decoder()
+    return model if isinstance(model, PreTrainedModel) else None
+
+
+def _generates(model: nn.Module, decoder: nn.Module) -> bool:
     """Whether a model, or one of its kind, writes text; transformers gives encoders a `get_decoder` too."""
     if not isinstance(model, PreTrainedModel) or model.can_generate():
         return True
-    kind = getattr(getattr(model.get_decoder(), "config", None), "model_type", None)
+    kind = getattr(getattr(decoder, "config", None), "model_type", None)
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 

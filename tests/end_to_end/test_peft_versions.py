@@ -2,7 +2,7 @@
 
 A version lies in a folder `.stacks/peft-VERSION`: `scripts/test.sh` installs one for each way in which PEFT differs,
 `scripts/test_peft.sh` all of them. PEFT before 0.20 runs with the transformers of its time, in `.stacks/trl-0.24`;
-transformers 5 asks for 0.20 where it loads adapters itself.
+transformers 5 asks for 0.20 where it adds and sets adapters itself.
 """
 
 import functools
