@@ -1,6 +1,7 @@
 """MixLoRA (Shen et al., ACL 2024) as a PEFT method, and as a plugin for LLaVA.
 
-Importing this package registers the PEFT type `MIXLORA` and changes nothing else; what LLaVA needs is applied by
+Importing this package registers the PEFT type `MIXLORA` and, where the installed PEFT or transformers save and load an
+adapter without asking its method, makes them ask; LLaVA is left alone. What LLaVA needs is applied by
 `llava_mixlora.patches.apply()`, which `llava-mixlora run` calls.
 """
 
@@ -51,20 +52,20 @@ try:
         from .method.forward_passes import known_prompt
         from .method.layer import MixLoraLayer
         from .method.model import MixLoraModel
-        from .method.registration import KNOWS_NO_OTHER_TYPE, register, withdraw
+        from .method.registration import register, withdraw
 
     register(MixLoraConfig, MixLoraModel)
-    if KNOWS_NO_OTHER_TYPE:
-        from .patches import peft_save_and_load
+    from .patches import peft_save_and_load, transformers_peft_statistics
 
-        try:
-            for patch in peft_save_and_load.PATCHES:
-                patch.apply()
-        except Exception:
-            withdraw()
-            for patch in reversed(peft_save_and_load.PATCHES):
-                patch.undo()
-            raise
+    _patches = (*peft_save_and_load.PATCHES, *transformers_peft_statistics.PATCHES)
+    try:
+        for _patch in _patches:
+            _patch.apply()
+    except Exception:
+        withdraw()
+        for _patch in reversed(_patches):
+            _patch.undo()
+        raise
 except Exception as error:  # what an installation in pieces raises can be anything
     import_error = error
     for _name in ("MixLoraConfig", "MixLoraLayer", "MixLoraModel", "known_prompt"):

@@ -25,6 +25,7 @@ from . import (
     transformers_code,
     transformers_config,
     transformers_peft,
+    transformers_peft_statistics,
     transformers_trainer,
 )
 from .patch import KINDS, Patch, PatchError
@@ -54,7 +55,7 @@ PATCHES: tuple[Patch, ...] = (
     *deepspeed_zero3.PATCHES,
 )
 
-OF_THE_METHOD: tuple[Patch, ...] = peft_save_and_load.PATCHES
+OF_THE_METHOD: tuple[Patch, ...] = (*peft_save_and_load.PATCHES, *transformers_peft_statistics.PATCHES)
 """Those that `import llava_mixlora` applies, with LLaVA or without."""
 
 __all__ = ["KINDS", "OF_THE_METHOD", "PATCHES", "Patch", "PatchError", "apply", "undo"]

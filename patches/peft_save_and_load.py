@@ -1,4 +1,4 @@
-"""`peft.utils.save_and_load` and `peft.config` of PEFT 0.13, which cannot save or load a type that they do not know.
+"""`peft.utils.save_and_load` and `peft.config` of PEFT before 0.21, which ask no method for its tensors.
 
 Registration applies these, not [`apply`](patches.apply): they belong to the PEFT method, with LLaVA or without.
 """
@@ -19,7 +19,12 @@ from llava_mixlora.method.registration import MIXLORA
 
 from .patch import COMPATIBILITY, Patch
 
-OLDER_PEFT = {"peft": "<0.14"}
+OLDER_PEFT = {"peft": "<0.21"}
+PLACES = {
+    **dict.fromkeys(("peft.utils.save_and_load", "peft.utils", "peft", "peft.peft_model"), OLDER_PEFT),
+    "peft.functional": {"peft": ">=0.18,<0.21"},
+}
+"""The modules into which PEFT imports the two functions by name, and the versions that do."""
 
 
 class _OfAnotherType:
@@ -95,7 +100,6 @@ def _ignore_newer_fields(original: Any) -> classmethod:
     return classmethod(from_peft_type)
 
 
-# PEFT imports the two functions into these modules by name.
 PATCHES = (
     *(
         Patch(
@@ -103,9 +107,9 @@ PATCHES = (
             kind=COMPATIBILITY,
             why="this PEFT saves only the adapters of types that it knows",
             replace=_save_adapter,
-            requires=OLDER_PEFT,
+            requires=versions,
         )
-        for module in ("peft.utils.save_and_load", "peft.utils", "peft", "peft.peft_model")
+        for module, versions in PLACES.items()
     ),
     *(
         Patch(
@@ -113,14 +117,14 @@ PATCHES = (
             kind=COMPATIBILITY,
             why="this PEFT loads only the adapters of types that it knows",
             replace=_load_adapter,
-            requires=OLDER_PEFT,
+            requires=versions,
         )
-        for module in ("peft.utils.save_and_load", "peft.utils", "peft", "peft.peft_model")
+        for module, versions in PLACES.items()
     ),
     Patch(
         "peft.config:PeftConfigMixin.from_peft_type",
         kind=COMPATIBILITY,
-        why="this PEFT refuses a configuration with fields that a newer PEFT has written",
+        why="this PEFT refuses a configuration with fields that a newer PEFT has written, or forgets the others",
         replace=_ignore_newer_fields,
         requires=OLDER_PEFT,
     ),

@@ -13,15 +13,17 @@ if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
 fi
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh
+# shellcheck source=scripts/packages_in.sh
+source scripts/packages_in.sh
 
-# The TRL of older environments, of which TRL 1 keeps less, with what it needs beside the packages that are there. pip
-# replaces nothing in such a folder, so it is made anew for other versions.
-older_trl=.stacks/trl-0.24
-if [[ ! -d "$older_trl" && "${1:-}" != "--quick" ]]; then
-    rm -rf "$older_trl.part"
-    python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --target "$older_trl.part" \
+# The TRL of older environments, of which TRL 1 keeps less, with what it needs beside the packages that are there; and
+# PEFT as others pin it, one version for each way in which it differs (bash scripts/test_peft.sh: all of them).
+if [[ "${1:-}" != "--quick" ]]; then
+    packages_in .stacks/trl-0.24 \
         trl==0.24.0 transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 datasets==3.6.0
-    mv "$older_trl.part" "$older_trl"
+    for version in 0.14.0 0.17.1 0.18.1 0.20.0; do
+        packages_in ".stacks/peft-$version" "peft==$version"
+    done
 fi
 
 ruff check .

@@ -47,6 +47,7 @@ CLOSEST = {
     ],
     "llava_trainer_checkpoints LLaVATrainer._load_best_model": ["end_to_end/test_held_out.py"],
     "peft_save_and_load": ["llava_mixlora/method/test_model.py", "llava_mixlora/method/test_registration.py"],
+    "transformers_peft_statistics": ["llava_mixlora/method/test_model.py"],
     "transformers_trainer Trainer._load_rng_state": [
         "end_to_end/test_checkpoints.py::test_killed_run_goes_on_as_if_nothing_had_happened"
     ],

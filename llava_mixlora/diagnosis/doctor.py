@@ -16,7 +16,7 @@ from ..errors import MixLoraError
 from ..shipped import repository, shipped
 from . import environment
 from .environment import Part
-from .stacks import STACKS, Stack, differences, nearest
+from .stacks import PEFT_BESIDE, STACKS, Stack, differences, nearest, release_series
 
 LOADING = ("torch", "transformers", "accelerate", "peft", "small requirements", "MixLoRA", "LLaVA", "patches")
 TRAINING = (*LOADING, "deepspeed")  # upstream's train() imports it to save an adapter, with or without --deepspeed
@@ -188,12 +188,16 @@ class Examination:
     def _stack_line(self) -> str:
         stack = self.stack
         other = [
-            f"{name} ({self.versions[name] or 'missing'}, tested: {stack.versions[name]})"
+            f"{name} ({self.versions[name] or 'missing'}, tested: {stack.versions[name]}{self._also(name)})"
             for name in differences(stack, self.versions)
         ]
         if not other:
             return f'These are the versions of the tested stack "{stack.name}".'
         return f'Nearest to the tested stack "{stack.name}", but for {", ".join(other)}: {shipped(stack.constraints)}'
+
+    def _also(self, name: str) -> str:
+        series = release_series(self.versions[name])
+        return f", and the method with {series} too" if name == "peft" and series in PEFT_BESIDE else ""
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs."""

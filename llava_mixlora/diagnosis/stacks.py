@@ -41,6 +41,9 @@ STACKS: tuple[Stack, ...] = (
 )
 """The default comes first."""
 
+PEFT_BESIDE = tuple(f"0.{minor}" for minor in range(13, 22))
+"""The series of PEFT that the method was run with (`scripts/test_peft.sh`), whatever stack is nearest."""
+
 
 def nearest(found: dict[str, str | None]) -> Stack:
     """The stack that most of the `found` versions belong to, transformers' above all; the default where none does.

@@ -171,8 +171,9 @@ class MixLoraConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names (suffixes) of the linear layers to adapt, a regular expression, or 'all-linear'. Default: "
-            "every linear layer of a Llama or Mistral decoder; for other models what PEFT's LoRA would take."
+            "help": "Names (suffixes) of the linear layers to adapt, a regular expression, or 'all-linear', towers "
+            "included. Default: every linear layer of the model's decoder, but the experts of mixtures; for models "
+            "without a decoder what PEFT's LoRA would take."
         },
     )
     exclude_modules: list[str] | str | None = field(

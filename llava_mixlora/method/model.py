@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections import ChainMap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, distributed, nn
 from ..errors import MixLoraError
 from . import forward_passes
 from .config import MixLoraConfig
+from .default_targets import decoder_of, default_targets
 from .layer import MixLoraLayer, MixLoraLinear
 from .layer_merging import LOSSY
 from .layer_settings import LayerSettings
@@ -49,18 +49,14 @@ class MixLoraModel(OfLoraModels, BaseTuner):
     """A model whose targeted linear layers are [`MixLoraLayer`]s; made by `peft.get_peft_model`.
 
     Raises:
-        ValueError: no module matches `target_modules`, or the base model's defaults are unknown and it is unset.
+        ValueError: no module matches `target_modules`, or it is unset and the base model has no decoder.
         TypeError: a targeted module is not a linear layer.
     """
 
     prefix = "mixlora_"
     tuner_layer_cls = MixLoraLayer
-    # The paper adapts every linear layer of the language model (section 4.2, "Implementation Details").
-    # Other models follow LoRA's table, also where a program enters its own models into it later.
-    target_module_mapping = ChainMap(
-        dict.fromkeys(("llama", "llava_llama", "mistral", "llava_mistral"), LLAMA_LINEAR_LAYERS),
-        TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    )
+    # Of models without a decoder, also where a program enters its own into the table later.
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -198,10 +194,25 @@ class MixLoraModel(OfLoraModels, BaseTuner):
             if isinstance(module, ModulesToSaveWrapper) and _name_adapters not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(_name_adapters, with_kwargs=True)
 
+    def _prepare_adapter_config(self, peft_config: MixLoraConfig, model_config: dict[str, Any]) -> MixLoraConfig:
+        if peft_config.target_modules is None:
+            # The paper adapts every linear layer of the language model (section 4.2, "Implementation Details").
+            found = default_targets(self.model, by_index=peft_config.layers_to_transform is not None)
+            if found is None and model_config.get("model_type") not in self.target_module_mapping:
+                raise MixLoraError(
+                    f"target_modules is unset, and {type(self.model).__name__} has no decoder (get_decoder) whose "
+                    "linear layers to take; name the layers to adapt, such as target_modules=['q_proj', 'v_proj']"
+                )
+            peft_config.target_modules = found
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Put an adapter's layers into the model, and what they need around them."""
-        result = super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+        result = super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if all_linear:
+            _tell_of_towers(model, adapter_name)
         if config.router_input == "words":
             add_word_sums(model, adapter_name, width_of_words(model))
             follow_loading(model, adapter_name)
@@ -304,6 +315,20 @@ class MixLoraModel(OfLoraModels, BaseTuner):
             forward_passes.detach(model)
             remove_word_sums(model)
         return model
+
+
+def _tell_of_towers(model: nn.Module, adapter: str) -> None:
+    decoder = decoder_of(model)
+    if decoder is None:
+        return
+    outside = [name for name in adapted_layers(model, adapter) if not name.startswith(decoder[0])]
+    if outside:
+        warnings.warn(
+            f"target_modules='all-linear' takes {len(outside)} linear layers outside of the language model's decoder "
+            f"too, {outside[0]} among them; leave target_modules unset to adapt the decoder alone, or name them in "
+            "exclude_modules",
+            stacklevel=2,
+        )
 
 
 def adapted_layers(model: nn.Module, adapter: str = ADAPTER) -> dict[str, MixLoraLayer]:

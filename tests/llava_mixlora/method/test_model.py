@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForCausalLM,
+    PeftConfig,
     PeftModel,
     get_layer_status,
     get_model_status,
@@ -17,12 +18,12 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from llava_mixlora import MixLoraError, MixLoraLayer, MixLoraModel
+from llava_mixlora import MixLoraConfig, MixLoraError, MixLoraLayer
 
 from ...tiny import layers, newer_peft, paper_form, random_ids, randomise
 
@@ -398,7 +399,6 @@ def test_model_that_was_entered_for_lora_is_known(monkeypatch):
     base = Biased()
     base.config = {"model_type": "new_model"}
     assert list(layers(get_peft_model(base, paper_form()))) == ["base_model.model.inner"]
-    assert MixLoraModel.target_module_mapping["llama"] != TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"]
 
 
 def test_modules_to_save_are_trained_and_saved(llama, reload, tmp_path):
@@ -482,6 +482,25 @@ def test_transformers_own_adapter_interface(_llama, llama, copy_of, tmp_path):
     model.save_pretrained(tmp_path)
     llama.load_adapter(str(tmp_path))
     assert torch.equal(logits(llama), logits(model))
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["from a folder", "as tensors"])
+def test_transformers_own_adapter_interface_keeps_what_was_counted(_llama, llama, copy_of, tmp_path, read):
+    """Sums of word vectors decide routes, and static updates are made of the layers' sums."""
+    model = randomise(get_peft_model(copy_of(_llama), MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM")))
+    ids = random_ids(4, 8)
+    model.train()(input_ids=ids, labels=torch.where(torch.arange(8) < 4, -100, ids))
+    model.eval().save_pretrained(tmp_path)
+    if read:
+        config = PeftConfig.from_pretrained(tmp_path)
+        state = {name.removeprefix("base_model.model."): tensor for name, tensor in load_peft_weights(tmp_path).items()}
+        llama.load_adapter(peft_config=config, adapter_state_dict=state)
+    else:
+        llama.load_adapter(str(tmp_path))
+    assert torch.equal(logits(llama), logits(model))
+    expected, found = get_peft_model_state_dict(model), get_peft_model_state_dict(llama)
+    assert all(torch.equal(tensor, expected[f"base_model.model.{name}"]) for name, tensor in found.items())
+    assert len(found) == len(expected) and sum("mixlora_stats" in name for name in found) == 2 * LINEAR_LAYERS + 1
 
 
 def test_auto_model_finds_base_and_adapter(llama_folder, tmp_path):
