@@ -20,7 +20,7 @@ from llava_mixlora.data.conversations import read_conversations
 from llava_mixlora.data.kept_calibration import KEPT, keep_calibration
 from llava_mixlora.inference.samples import SampleSource
 from llava_mixlora.merging import calibration, merge
-from llava_mixlora.merging.fidelity import LARGEST_KL, Fidelity
+from llava_mixlora.merging.fidelity import Fidelity
 from llava_mixlora.merging.stand_in import source_of_kept
 
 from ...tiny import plain, write_adapter
@@ -322,13 +322,16 @@ def test_distilling_is_nearer_than_the_best_of_each_layer(kept, data, tmp_path):
     assert fidelity.agreement["distillation"].kl < 0.7 * fidelity.agreement["lstsq"].kl
 
 
-def test_a_bad_merge_is_refused_with_its_figures_before_anything_is_written(kept, tmp_path, capsys):
+def test_a_bad_merge_is_refused_with_its_figures_before_anything_is_written(kept, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "llava_mixlora.merging.fidelity.LARGEST_KL", 1e-4
+    )  # what the random weights lose differs between versions
     assert command("merge", kept, tmp_path / "out", "--method", "mean") == 1
     captured = capsys.readouterr()
     assert "right dynamic" in captured.out  # the table by task says where it loses
     (line,) = [line for line in captured.err.splitlines() if line.startswith("llava-mixlora: error: ")]
     for part in (
-        f"nats (limit {LARGEST_KL})",
+        "nats (limit 0.0001)",
         "(limit 85%)",
         "--task NAME",
         "keep the adapter dynamic",
