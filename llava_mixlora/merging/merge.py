@@ -24,6 +24,7 @@ from ..adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
     NON_LORA_TRAINABLES,
     TOKENIZER_FILES,
+    read_config,
     read_non_lora_trainables,
 )
 from ..adapters.adapter_record import RECORD, read_record
@@ -140,6 +141,7 @@ def _export_lora(given: argparse.Namespace) -> None:
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
+    read_config(given.model_path)  # what is no adapter is named before anything is said of its samples
     of_data = {"image_folder": given.image_folder, "task": given.task}
     of_data |= {"samples": given.samples, "batch_size": given.batch_size}
     if given.calibration is None:

@@ -342,6 +342,12 @@ def test_a_bad_merge_is_refused_with_its_figures_before_anything_is_written(kept
     assert command("merge", kept, tmp_path / "out", "--method", "mean", "--force") == 0
 
 
+def test_what_is_no_adapter_is_named_and_nothing_said_of_its_samples(tmp_path, capsys):
+    assert command("merge", tmp_path, tmp_path / "out") == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and f"{tmp_path} is no MIXLORA adapter" in captured.err
+
+
 def test_an_adapter_without_kept_samples_merges_by_its_statistics_and_says_so(base, tmp_path, capsys):
     old = write_adapter(base, tmp_path / "llava-one-route-mixlora", one_route=True)
     assert command("merge", old, tmp_path / "out") == 0
