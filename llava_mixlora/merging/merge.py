@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
     TOKENIZER_FILES,
+    read_config,
     write_non_lora_trainables,
 )
 from ..adapters.adapter_record import RECORD, read_record
@@ -141,6 +142,7 @@ def _export_lora(given: argparse.Namespace) -> None:
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
+    read_config(given.model_path)  # what is no adapter is named before anything is said of its samples
     of_data = {"image_folder": given.image_folder, "task": given.task}
     of_data |= {"samples": given.samples, "batch_size": given.batch_size}
     if given.calibration is None:

@@ -263,6 +263,8 @@ def answer(place, patched):
     images = process_images([Image.open(place / "0.png")], processor, model.config).half()
     tokenizer.pad_token, tokenizer.model_max_length = tokenizer.unk_token, 2048  # as in training
     template = conversation.conv_templates["llava_v1"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the program has: in float16 another order of sums is another answer of random weights
 
     def answer(*turns, told=True):
         conversation.default_conversation = template
@@ -279,7 +281,8 @@ def answer(place, patched):
         with torch.inference_mode(), known_prompt(answers=answered if told else torch.zeros_like(answered)):
             return tokenizer.decode(model.generate(ids, **options)[0], skip_special_tokens=True).strip()
 
-    return answer
+    yield answer
+    torch.set_num_threads(threads)
 
 
 def test_chat_keeps_its_answers(chat):
@@ -293,6 +296,9 @@ def test_chat_keeps_its_answers(chat):
         history.messages[-1][-1] = turn["outputs"]
 
 
+# With older transformers LLaVA's labels of this tokenizer begin one token earlier, at the colon of "ASSISTANT:", which
+# the prompt's text does not tell: a later question is then averaged with one token more than in training.
+@pytest.mark.one_stack
 def test_later_turn_is_answered_as_a_fresh_prompt_whose_last_question_is_routed_as_in_training(chat, answer):
     turns, as_one_question = [], []
     for question, turn in zip(CHAT, chat, strict=True):

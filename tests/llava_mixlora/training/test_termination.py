@@ -12,6 +12,14 @@ from llava_mixlora.training import termination
 from llava_mixlora.training.termination import SaveOnTermination, interruptible
 
 
+@pytest.fixture(autouse=True)
+def usual_ctrl_c():
+    """Python's own handling, whatever a failed training in this process, or a shell's background job, has left."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def running(tmp_path):
     """A callback that listens, and its arguments."""
