@@ -14,7 +14,7 @@ import peft
 from torch import Tensor
 
 from llava_mixlora.method.registration import MIXLORA
-from llava_mixlora.method.tensor_names import STATISTICS
+from llava_mixlora.method.tensor_names import PEFT_PREFIX
 
 from .patch import COMPATIBILITY, Patch
 
@@ -22,7 +22,7 @@ OF_DOWNLOADS = ("revision", "token", "cache_dir", "subfolder", "force_download",
 """What both transformers' and PEFT's loading know of how a file of the hub is fetched."""
 
 
-def _load_statistics(original: Callable[..., Any]) -> Callable[..., Any]:
+def _load_with_statistics(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -36,9 +36,9 @@ def _load_statistics(original: Callable[..., Any]) -> Callable[..., Any]:
         tensors = given.arguments["adapter_state_dict"]
         if tensors is None:
             tensors = _read_adapter(given.arguments)
-        kind = STATISTICS.strip(".")
-        statistics = {name: tensor for name, tensor in tensors.items() if kind in name}
-        peft.set_peft_model_state_dict(self, statistics, adapter)
+        # All of them, and not the sums alone: the method refuses an adapter that is not whole.
+        own = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+        peft.set_peft_model_state_dict(self, own, adapter)
         return loaded
 
     return load_adapter
@@ -59,7 +59,7 @@ PATCHES = (
         "transformers.integrations.peft:PeftAdapterMixin.load_adapter",
         kind=COMPATIBILITY,
         why="this transformers asks no method for its tensors, and cuts the sums of the statistics to whole numbers",
-        replace=_load_statistics,
+        replace=_load_with_statistics,
         parameters=("peft_model_id", "adapter_name", "adapter_state_dict", "load_config", "adapter_kwargs"),
         requires={"transformers": ">=5"},
     ),

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, NOT_THE_LANGUAGE_MODEL
 from llava_mixlora.adapters.model_choices import ModelChoices
 
@@ -157,13 +156,6 @@ def test_loaded_model_generates(load, adapter):
 def test_folder_needs_no_lora_in_its_name(load, adapter):
     _, model, _, _ = load(adapter, name="checkpoint-final")
     assert model.peft_config["default"].peft_type == "MIXLORA"
-
-
-def message_of(load, *args):
-    with pytest.raises(MixLoraError) as error:
-        load(*args)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_adapter_of_a_newer_version_is_refused(load, damaged):

@@ -19,13 +19,13 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, load_peft_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from llava_mixlora import MixLoraConfig, MixLoraError, MixLoraLayer
 
-from ...tiny import layers, newer_peft, paper_form, random_ids, randomise
+from ...tiny import layers, message_of, newer_peft, paper_form, random_ids, randomise
 
 IDS = random_ids(2, 6)
 LINEAR_LAYERS = 14
@@ -482,6 +482,15 @@ def test_transformers_own_adapter_interface(_llama, llama, copy_of, tmp_path):
     model.save_pretrained(tmp_path)
     llama.load_adapter(str(tmp_path))
     assert torch.equal(logits(llama), logits(model))
+
+
+def test_transformers_own_adapter_interface_takes_whole_adapters_only(_llama, llama, copy_of, tmp_path):
+    model = randomise(get_peft_model(copy_of(_llama), MixLoraConfig(r=2, num_factors=6, task_type="CAUSAL_LM")))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    lost = "base_model.model.model.layers.0.self_attn.v_proj.mixlora_B"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != lost}, file)
+    assert "lacks model.layers.0.self_attn.v_proj.mixlora_B" in message_of(llama.load_adapter, tmp_path)
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["from a folder", "as tensors"])
