@@ -101,10 +101,20 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    """A sentencepiece Llama tokenizer that knows its bytes and few words."""
+    """A sentencepiece Llama tokenizer that knows its bytes and few words, and takes text as it stands, as Llama's."""
+    as_it_stands = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return _train_tokenizer(tmp_path_factory.mktemp("tokenizer"), **as_it_stands)
+
+
+@pytest.fixture(scope="session")
+def tidying_tokenizer_folder(tmp_path_factory):
+    """One that drops spaces at the end of a text, as sentencepiece does unless it is told (before transformers 5)."""
+    return _train_tokenizer(tmp_path_factory.mktemp("tidying_tokenizer"))
+
+
+def _train_tokenizer(folder, **normalization):
     import sentencepiece
 
-    folder = tmp_path_factory.mktemp("tokenizer")
     words = ["what color is the shape", "red green blue circle square", "a chat between a human and an assistant"]
     with (folder / "tokenizer.model").open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
@@ -119,6 +129,7 @@ def tokenizer_folder(tmp_path_factory):
             eos_id=2,
             pad_id=-1,
             minloglevel=2,
+            **normalization,
         )
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     config = {"tokenizer_class": "LlamaTokenizer", **tokens}

@@ -61,9 +61,15 @@ def answered_tokens(prompt: str, tokenizer: Any) -> Tensor | None:
         before = tokenizer_image_token(prompt[:place], tokenizer)
         return next((n for n, (one, other) in enumerate(zip(before, ids)) if one != other), len(before))
 
+    def tokens_of_question(end: int) -> int:
+        if not prompt.startswith(" ", end):
+            return tokens_before(end)
+        # Training takes one token off for the space, also where the tokenizer drops a space at the end.
+        return len(tokenizer_image_token(prompt[: end + 1], tokenizer)) - 1
+
     answered = torch.zeros(1, len(ids), dtype=torch.bool)
     for begin, end in answers:
-        answered[:, tokens_before(begin) : tokens_before(end)] = True
+        answered[:, tokens_of_question(begin) : tokens_before(end)] = True
     return answered
 
 

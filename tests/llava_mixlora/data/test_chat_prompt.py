@@ -9,11 +9,20 @@ from llava_mixlora.data.chat_prompt import answered_tokens, answers_of_prompt, n
 TURNS = ("<image>\nwhat color is it?", "red and green", "what shape?", "a circle.\nIt is round", "sure?", "yes")
 
 
-@pytest.fixture(scope="module")
-def tokenizer(patched, tokenizer_folder):
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, use_fast=False)
+def read(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
     tokenizer.pad_token, tokenizer.model_max_length = tokenizer.unk_token, 2048
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(patched, tokenizer_folder):
+    return read(tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def tidying_tokenizer(patched, tidying_tokenizer_folder):
+    return read(tidying_tokenizer_folder)
 
 
 def prompt_of(template, *turns):
@@ -31,16 +40,15 @@ def texts(prompt):
 
 
 @pytest.mark.parametrize("template", ["v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct"])
-def test_answered_tokens_are_those_that_training_supervises(tokenizer, monkeypatch, template):
+@pytest.mark.parametrize("read_by", ["tokenizer", "tidying_tokenizer"])
+def test_answered_tokens_are_those_that_training_supervises(patched, request, monkeypatch, template, read_by):
     from llava import conversation
     from llava.train import train
 
+    tokenizer = request.getfixturevalue(read_by)
     monkeypatch.setattr(conversation, "default_conversation", conversation.conv_templates[template])
     source = [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(TURNS)]
     supervised = train.preprocess([source], tokenizer, has_image=True)["labels"] != -100
-    if tokenizer("red ").input_ids == tokenizer("red").input_ids:
-        # Before transformers 5 this one drops a space at the end, which upstream takes off the question all the same.
-        supervised[:, 1:] &= supervised[:, :-1].clone()
     answered = answered_tokens(prompt_of(template, *TURNS), tokenizer)
     assert answered.any() and torch.equal(answered, supervised)
     asked = answered_tokens(prompt_of(template, *TURNS[:-1]), tokenizer)
