@@ -13,6 +13,7 @@ from importlib import import_module
 from . import __version__, interruption
 from .diagnosis.doctor import check_imported
 from .errors import MixLoraError
+from .limits import add_input_limit, raise_limits
 from .writing import OF_WRITES, reason_of
 
 COMMANDS = {
@@ -85,12 +86,14 @@ def _parser(name: str | None) -> argparse.ArgumentParser:
         if command == name:
             module, _, add_arguments = place.partition(":")
             getattr(import_module(f".{module}", __package__), add_arguments)(of_command)
+            add_input_limit(of_command)
     return parser
 
 
 def _answer(arguments: argparse.Namespace) -> int:
     """Run a command that prints; returns its status, or a shell's for a reader that went away, as `head` does."""
     try:
+        raise_limits(arguments.input_limit)
         with interruption.raising():
             status = arguments.command(arguments) or 0
         sys.stdout.flush()

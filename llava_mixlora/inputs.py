@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MixLoraError
-from .limits import JSON_BYTES, JSON_DEPTH
+from .limits import how_to_raise, limits
 
 
 def read_json(file: Path, only_numbers: bool = True) -> dict:
@@ -33,14 +33,14 @@ def read_json(file: Path, only_numbers: bool = True) -> dict:
             parse_constant=_no_number if only_numbers else None,
             parse_float=_finite if only_numbers else None,
         )
-        if _depth(content) > JSON_DEPTH:
+        if _depth(content) > limits().json_depth:
             raise RecursionError
     except FileNotFoundError:
         raise MixLoraError(f"{file} is missing; is the download complete?") from None
     except OSError as error:
         raise MixLoraError(f"{file} cannot be read ({error.strerror})") from error
     except RecursionError:
-        raise MixLoraError(f"{file} is nested more than {JSON_DEPTH} deep; is it the right file?") from None
+        raise MixLoraError(f"{file} is nested more than {limits().json_depth} deep; is it the right file?") from None
     except MixLoraError as error:
         raise MixLoraError(f"{file} {error}") from None
     except ValueError as error:
@@ -50,15 +50,32 @@ def read_json(file: Path, only_numbers: bool = True) -> dict:
     return content
 
 
+def check_regular(file: str | Path) -> None:
+    """Refuse a pipe or a device in place of a file, which might never end.
+
+    What is not there, or is a folder, passes: opening it fails at once.
+
+    Raises:
+        MixLoraError: the file is one.
+    """
+    try:
+        kind = os.stat(file).st_mode
+    except (OSError, ValueError):
+        return
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise MixLoraError(f"{file} is no regular file; expected one, which can be read more than once")
+
+
 def _text(file: Path) -> str:
     # Opening a pipe would wait for somebody who writes into it.
     with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as opened:
         found = os.fstat(opened.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise MixLoraError("is no regular file; copy it again")
-        if found.st_size > JSON_BYTES:
+        if found.st_size > (most := limits().json_bytes):
             raise MixLoraError(
-                f"has {found.st_size:,} bytes, and what is read has {JSON_BYTES:,} at most; is it the right file?"
+                f"has {found.st_size:,} bytes, and what is read has {most:,} at most; is it the right file? "
+                f"{how_to_raise('json_bytes')}"
             )
         return opened.read().decode("utf-8")
 
@@ -88,8 +105,8 @@ def _short(text: str) -> str:
 
 def _depth(content: Any) -> int:
     """How deep lists and objects are nested; counting ends a step above the limit."""
-    depth, level = 0, [content]
-    while level and depth <= JSON_DEPTH:
+    depth, level, most = 0, [content], limits().json_depth
+    while level and depth <= most:
         inner: list[Any] = []
         for each in level:
             inner.extend(each.values() if isinstance(each, dict) else each if isinstance(each, list) else ())

@@ -14,13 +14,14 @@ from . import interruption, patches
 from .adapters.adapter_folder import is_mixlora_adapter
 from .errors import MixLoraError
 from .inference.program_arguments import program_arguments
+from .limits import FLAG, raise_limits
 
 SERVERS = ("llava.serve.controller", "llava.serve.model_worker")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Describe the command `run` to its parser; its words are read by [`run_words`]."""
-    parser.usage = "llava-mixlora run [-h] (-m MODULE | SCRIPT.py) [ARGS ...]"
+    parser.usage = f"llava-mixlora run [-h] [{FLAG} NAME=NUMBER] (-m MODULE | SCRIPT.py) [ARGS ...]"
     parser.description = (
         "Run a LLaVA entry point, unchanged, with the plugin active. Under a launcher: "
         "deepspeed --module llava_mixlora run ..., torchrun -m llava_mixlora run ..."
@@ -34,6 +35,9 @@ def run_words(launcher_flags: list[str], words: list[str]) -> None:
     Raises:
         MixLoraError: they name nothing to run, or as [`run`].
     """
+    while words[:1] == [FLAG] and len(words) > 1:
+        raise_limits([words[1]])
+        words = words[2:]
     as_module = words[:1] == ["-m"]
     words = words[1:] if as_module else words
     if not words:

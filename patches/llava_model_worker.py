@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from llava_mixlora.data.chat_prompt import noting_prompts, routed_by_turns
+from llava_mixlora.limits import how_to_raise, limits
 
 from .patch import FAULT, METHOD, Patch
 
@@ -86,11 +87,14 @@ def _see_what_the_model_sees(original: Callable[..., None]) -> Callable[..., Non
     return __init__
 
 
-def _refuse_missing_images(original: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[bytes]]:
+def _check_request(original: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[bytes]]:
     @functools.wraps(original)
     def generate_stream(self: Any, params: Any) -> Iterator[bytes]:
         from llava.constants import DEFAULT_IMAGE_TOKEN
 
+        if (letters := len(params["prompt"])) > limits().prompt_letters:
+            why = how_to_raise("prompt_letters")
+            raise ValueError(f"a prompt of {letters:,} letters, more than {limits().prompt_letters:,} {why}")
         places = params["prompt"].count(DEFAULT_IMAGE_TOKEN)
         if places and not (self.is_multimodal and params.get("images")):
             why = "the request has none" if self.is_multimodal else f"{self.model_name!r} sees none"
@@ -166,8 +170,9 @@ PATCHES = (
     Patch(
         f"{MODULE}:ModelWorker.generate_stream",
         kind=FAULT,
-        why="a prompt with <image> but no image would look up token -200, which on a GPU ends all later requests too",
-        replace=_refuse_missing_images,
+        why="a prompt with <image> but no image would look up token -200, which on a GPU ends all later requests too, "
+        "and one of 10 MB holds all others up for half a minute",
+        replace=_check_request,
         parameters=("params",),
         program=True,
     ),

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from ..errors import MixLoraError
 from ..inputs import read_json
-from ..limits import NUM_FACTORS
+from ..limits import limits
 from ..method.config import MixLoraConfig
 from ..method.field_kinds import is_number, is_whole
 from ..method.model_card import write_card
@@ -168,7 +168,8 @@ def read_options(checkpoint: Path) -> AuthorsOptions:
     for name, value in FIXED_OPTIONS.items():
         if options.get(name, value) != value:
             raise MixLoraError(f"{file}: {name}={options[name]!r} cannot be converted; expected {value!r}")
-    for name, largest in {"n_experts": NUM_FACTORS, "n_selected": NUM_FACTORS}.items():
+    largest = limits().num_factors
+    for name in ("n_experts", "n_selected"):
         if not is_whole(options.get(name)) or not 1 <= options[name] <= largest:
             shown = repr(options.get(name))[:100]
             raise MixLoraError(f"{file}: {name}={shown}: expected a whole number from 1 to {largest}; is it damaged?")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MixLoraError
-from ..limits import PICKLE_OPERATIONS
+from ..limits import limits
 
 CHUNK = 1 << 22  # bytes read at once while a checksum is verified
 REBUILDING = frozenset(
@@ -164,9 +164,10 @@ def _is_zip(file: Path) -> bool:
 
 def _imports(pickle: BinaryIO | Any) -> Iterator[str]:
     texts: list[str] = []  # the last ones pushed; STACK_GLOBAL takes two of them
+    most = limits().pickle_operations
     for number, (operation, argument, _) in enumerate(pickletools.genops(pickle)):
-        if number > PICKLE_OPERATIONS:
-            raise ValueError(f"a pickle of more than {PICKLE_OPERATIONS:,} steps")
+        if number > most:
+            raise ValueError(f"a pickle of more than {most:,} steps")
         if operation.name in ("GLOBAL", "INST"):
             yield argument.replace(" ", ".", 1)
         elif operation.name == "STACK_GLOBAL":

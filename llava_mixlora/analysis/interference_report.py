@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..lettering import literal
 from ..writing import whole_file, write_whole
 from .interference_estimate import MEASURABLE, Estimate
 from .recommendation import Recommendation
@@ -94,7 +95,8 @@ class Interference:
             print(f"{PICTURE} is left out: matplotlib is not installed; pip install 'llava-mixlora[eval]'")
             return
         rows = [self._panels(pool) for pool in self.together]
-        T, columns = len(self.tasks), max(map(len, rows))
+        tasks = list(map(literal, self.tasks))
+        T, columns = len(tasks), max(map(len, rows))
         size = 1.2 + 0.32 * max(T, 5)
         figure = Figure(figsize=(columns * size + 1.5, len(rows) * size + 1), layout="constrained")
         axes = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
@@ -104,15 +106,16 @@ class Interference:
             for axis, (title, found) in zip(row, panels):
                 picture = axis.imshow(found.interference, vmin=-1, vmax=1, cmap="RdBu")
                 axis.set_title(title, fontsize=8)
-                axis.set_xticks(range(T), self.tasks, rotation=90, fontsize=7)
-                axis.set_yticks(range(T), self.tasks, fontsize=7)
+                axis.set_xticks(range(T), tasks, rotation=90, fontsize=7)
+                axis.set_yticks(range(T), tasks, fontsize=7)
                 if T <= MOST_NUMBERS:
                     _write_values(axis, found.interference)
         figure.supxlabel("task of the step", fontsize=9)
         figure.supylabel("task whose loss changes", fontsize=9)
         figure.colorbar(picture, ax=axes, shrink=0.7, extend="both", label="red: harms, blue: helps; own step: 1")
+        name = literal(Path(self.adapter).resolve().name)
         figure.suptitle(
-            f"Task interference: {Path(self.adapter).resolve().name} ({self.estimator}; hatched: not measurable)"
+            f"Task interference: {name} ({self.estimator}; hatched: not measurable)"
             + (
                 f"\n{self.recommendation.headline(int(LETTERS * figure.get_figwidth()))}" if self.recommendation else ""
             ),

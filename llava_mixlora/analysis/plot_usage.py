@@ -8,6 +8,7 @@ import torch
 
 from ..adapters.inspect_adapter import read_contents
 from ..errors import MixLoraError
+from ..lettering import literal
 from ..method.config import MixLoraConfig
 from ..method.routing_statistics import POOLS
 from ..writing import whole_file
@@ -40,7 +41,7 @@ def plot(folder: str | Path, output: str | Path) -> None:
         axis.set(title=title, xlabel="factor", xticks=range(0, share.shape[1], max(1, share.shape[1] // 16)))
     axes[0].set_yticks(range(len(layers)), layers, fontsize=6)
     figure.colorbar(drawn, ax=axes, label=f"share of the choices (1/E = {1 / shares.shape[-1]:.3f})")
-    figure.suptitle(f"Factors used in training: {Path(folder).resolve().name}")
+    figure.suptitle(f"Factors used in training: {literal(Path(folder).resolve().name)}")
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(Path(output)) as unfinished:

@@ -14,6 +14,7 @@ from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..errors import MixLoraError
 from ..inference.loading import load_for_inference
 from ..inference.samples import SampleSource, batches, samples_by_task
+from ..lettering import literal
 from ..writing import whole_file, write_whole
 from .plot_usage import pool_titles
 
@@ -104,7 +105,7 @@ def draw_task_routes(routes: TaskRoutes, folder: Path) -> None:
         "similarity": routes.similarity().tolist(),
     }
     write_whole(folder / RESULT, json.dumps(contents) + "\n")
-    layers, tasks = routes.three_layers(), routes.tasks
+    layers, tasks = routes.three_layers(), list(map(literal, routes.tasks))
 
     height = 1 + len(routes.pools) * (0.5 + 0.2 * len(tasks))
     figure = Figure(figsize=(4 * len(layers), height), layout="constrained")

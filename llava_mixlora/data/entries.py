@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import MixLoraError
+from ..inputs import check_regular
 
 BLOCK = 1 << 20  # characters read at once
 BYTE_ORDER_MARKS = {
@@ -25,10 +26,11 @@ def entries(path: str | Path) -> Iterator[Any]:
     """Each entry of a JSON list, or of JSON Lines, in UTF-8 (with or without a byte order mark) or as its mark says.
 
     Raises:
-        MixLoraError: the file is missing, not text, not JSON (with the number of the entry), or holds no entries; at
-            the entry in question, after those before it.
+        MixLoraError: the file is missing, a pipe, not text, not JSON (with the number of the entry), or holds no
+            entries; at the entry in question, after those before it.
     """
     number = 0
+    check_regular(path)
     try:
         with Path(path).open("rb") as file:
             head = file.read(4)
@@ -51,6 +53,8 @@ def entries(path: str | Path) -> Iterator[Any]:
             f"{path}: not valid JSON at {where} (line {error.lineno}: {error.msg}); is the download complete? "
             f"Expected {EXPECTED}"
         ) from error
+    except RecursionError:
+        raise MixLoraError(f"{path}: entry {number} is nested too deep; expected {EXPECTED}") from None
     except OSError as error:
         raise MixLoraError(f"{path}: cannot be read ({error.strerror}); expected {EXPECTED}") from error
     if number == 0:

@@ -5,36 +5,41 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
 from ..errors import MixLoraError
+from ..limits import how_to_raise, limits
 
 HEADERS, FULL, NONE = CHECKS = ("headers", "full", "none")
 """How far images are checked: headers and ends, every pixel (slow), or not at all."""
-MAX_ASPECT_RATIO = 200
-"""Longer side to shorter side. Cropping a square scales the shorter side to the tower's size, so that a picture of
-1 x 20,000 pixels would take 20,000 x 336 x 336 of them."""
-MAX_PIXELS = 2 * (1024**3 // 4 // 3)
-"""What Pillow takes for an attack: 179 million pixels. Padding to a square counts the square's."""
 FLOATING_POINT = "F"
 SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 TAIL = 1 << 16  # bytes in which a JPEG's end is looked for: cameras append thumbnails and notes
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path, padded: bool = False) -> Image.Image:
     """The image as RGB of 8 bits, turned as its EXIF orientation says; 16 bits of gray are scaled, not clipped.
 
+    Args:
+        path: the file.
+        padded: whether it will be padded to a square, whose pixels count then.
+
     Raises:
-        MixLoraError: the file is missing, no regular file, not an image, or damaged.
+        MixLoraError: the file is missing, no regular file, not an image, damaged, or larger than [`limits`] say.
     """
     if problem := _problem_of_file(path):
         raise MixLoraError(f"{path}: {problem}")
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
+            if problem := _problem_of_header(image, padded):
+                raise MixLoraError(f"{path}: {problem}")
             return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+    except MixLoraError:
+        raise
     except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, ValueError and others for damage
         raise MixLoraError(f"{path}: {_damage(error)}") from error
 
@@ -52,13 +57,11 @@ def image_problem(path: str | Path, check: str = HEADERS, padded: bool = False) 
     if problem := _problem_of_file(path):
         return problem
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused above twice that size
-            with Image.open(path) as image:
-                if problem := _problem_of_size(image, padded):
-                    return problem
-                if check == FULL or not _is_whole(image, path):
-                    image.load()
+        with _opened(path) as image:
+            if problem := _problem_of_header(image, padded):
+                return problem
+            if check == FULL or not _is_whole(image, path):
+                image.load()
     except Exception as error:
         return _damage(error)
     return None
@@ -94,17 +97,39 @@ def _problem_of_file(path: str | Path) -> str | None:
         return f"cannot be read ({getattr(error, 'strerror', None) or error})"
     if not stat.S_ISREG(status.st_mode):
         return "a folder, not an image" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+    if status.st_size > (most := limits().image_bytes):
+        return f"a file of {status.st_size:,} bytes, more than {most:,}; scale it down {how_to_raise('image_bytes')}"
     return "an empty file; copy it again" if status.st_size == 0 else None
 
 
-def _problem_of_size(image: Image.Image, padded: bool) -> str | None:
-    short, long = sorted(image.size)
-    size = f"{image.width} x {image.height} pixels"
-    if long > MAX_ASPECT_RATIO * short:
-        return f"{size}, an aspect ratio above {MAX_ASPECT_RATIO}; cut it, or leave it out"
-    if (long * long if padded else long * short) > MAX_PIXELS:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image whose pixels are not read yet; [`_problem_of_header`] refuses what Pillow would warn of."""
+    if Image.MAX_IMAGE_PIXELS is not None and limits().image_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = limits().image_pixels  # Pillow refuses twice that by itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            yield image
+
+
+def size_problem(width: int, height: int, padded: bool) -> str | None:
+    """What is wrong with an image's size in pixels, None when nothing; `padded`: to a square, whose pixels count."""
+    short, long = sorted((width, height))
+    size = f"{width} x {height} pixels"
+    if long > limits().image_ratio * short:
+        how = how_to_raise("image_ratio")
+        return f"{size}, an aspect ratio above {limits().image_ratio}; cut it, or leave it out {how}"
+    if (long * long if padded else long * short) > limits().image_pixels:
         how = ", padded to a square" if padded else ""
-        return f"{size}{how}: more than {MAX_PIXELS // 10**6} million; scale it down"
+        most = f"{limits().image_pixels / 10**6:,.0f} million"
+        return f"{size}{how}: more than {most}; scale it down {how_to_raise('image_pixels')}"
+    return None
+
+
+def _problem_of_header(image: Image.Image, padded: bool) -> str | None:
+    if problem := size_problem(*image.size, padded):
+        return problem
     if image.mode == FLOATING_POINT:
         return "pixels of floating point, whose range is not known; save it with 8 or 16 bits"
     return None

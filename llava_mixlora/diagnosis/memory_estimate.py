@@ -7,7 +7,6 @@ train().
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import (
 
 from ..adapters.llava_config import as_data
 from ..errors import MixLoraError
-from ..inputs import check_model_path
+from ..inputs import check_model_path, read_json
 from ..method.config import MixLoraConfig
 from ..method.tensor_names import FURTHER, KINDS
 from .step_memory import MEASURED_LAYERS, QuantizedLinear, TrainedLlava, peak_of_encoding, peak_of_step
@@ -204,7 +203,7 @@ def read_model_config(source: str, vision_tower: str | None = None) -> ModelConf
     Raises:
         MixLoraError: nothing is there, it is no model's configuration, or the architecture is not supported.
     """
-    values = _read_json(source)
+    values = _read_config(source)
     kind = values.get("model_type")
     if "text_config" in values or kind not in ARCHITECTURES:
         raise MixLoraError(
@@ -352,7 +351,7 @@ def _cell(stage: str, model: TrainedLlava, plain: Components, settings: RunSetti
     return Cell(working, weights // settings.gpus + divided)
 
 
-def _read_json(source: str) -> dict[str, Any]:
+def _read_config(source: str) -> dict[str, Any]:
     check_model_path("--estimate", source)
     path = Path(source).expanduser()
     if path.is_dir():
@@ -365,13 +364,8 @@ def _read_json(source: str) -> dict[str, Any]:
                 f"--estimate {source}: no such folder, and no such model can be read from the hub; give a model's "
                 "folder or its config.json"
             ) from error
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MixLoraError(f"{path}: cannot be read ({error.strerror}); expected a model's config.json") from error
-    except ValueError as error:
-        raise MixLoraError(f"{path}: not valid JSON ({error}); expected a model's config.json") from error
-    if not isinstance(values, dict) or "model_type" not in values:
+    values = read_json(path)
+    if "model_type" not in values:
         raise MixLoraError(f"{path}: no model's configuration: it has no model_type; expected a model's config.json")
     return values
 

@@ -40,11 +40,11 @@ def answer(
         MixLoraError: there is no such template, or an image is damaged.
     """
     tokenizer, model, image_processor = loaded
-    padding = tokenizer.pad_token_id or 0
+    padding, padded = tokenizer.pad_token_id or 0, getattr(model.config, "image_aspect_ratio", None) == "pad"
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     for batch in tqdm(batches, desc="Answering", unit="batch", disable=not progress):
         input_ids, attention_mask = _left_padded([_prompt_ids(q.prompt, conversation, loaded) for q in batch], padding)
-        pictures = [open_image(question.image) for question in batch]
+        pictures = [open_image(question.image, padded) for question in batch]
         with torch.inference_mode():
             output = model.generate(
                 input_ids.to(model.device),

@@ -18,11 +18,14 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         return []
-    *whole, _torn = file.read_text(encoding="utf-8").split("\n")
     try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
+        *whole, _torn = file.read_text(encoding="utf-8").split("\n")
+        lines = [json.loads(line) for line in whole]
+    except (ValueError, RecursionError) as error:
         raise MixLoraError(f"{file} is damaged ({error}); remove it, or choose another --output") from error
+    if not all(isinstance(line, dict) for line in lines):
+        raise MixLoraError(f"{file} is damaged (a line is no object); remove it, or choose another --output")
+    return lines
 
 
 def append_lines(file: Path, lines: list[dict[str, Any]]) -> None:

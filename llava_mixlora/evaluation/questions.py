@@ -18,6 +18,8 @@ from typing import Any
 
 from ..data.conversations import read_conversations
 from ..errors import MixLoraError
+from ..inputs import check_regular
+from ..limits import how_to_raise, limits
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
 MME_PERCEPTION = (
@@ -109,7 +111,7 @@ def _read(source: Path, image_folder: str | Path | None) -> Iterator[Question]:
             yield from _read_mme(source)
         for file in files:
             yield from _read_lines(file, Path(image_folder or source), several=len(files) > 1)
-    elif not source.is_file():
+    elif not source.exists():
         raise MixLoraError(f"{source}: no such file or folder; {EXPECTED}")
     elif source.suffix == ".json" and not _is_json_lines(source):
         yield from _read_conversations(source, Path(image_folder or source.parent))
@@ -119,18 +121,21 @@ def _read(source: Path, image_folder: str | Path | None) -> Iterator[Question]:
 
 def _is_json_lines(file: Path) -> bool:
     # POPE's label files are JSON Lines named .json.
+    check_regular(file)
     with file.open(encoding="utf-8", errors="replace") as lines:
         return lines.readline().lstrip().startswith("{")
 
 
 def _read_lines(file: Path, image_folder: Path, several: bool) -> Iterator[Question]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
             raise MixLoraError(f"{file}, line {number}: not valid JSON ({error}); {EXPECTED}") from error
+        except RecursionError:
+            raise MixLoraError(f"{file}, line {number}: nested too deep; {EXPECTED}") from None
         yield _question(record, f"{file}, line {number}", file.stem, image_folder, several)
 
 
@@ -142,18 +147,41 @@ def _question(record: Any, place: str, task: str, image_folder: Path, several: b
     image = record.get("image_path" if of_authors else "image")
     if not isinstance(image, str):
         raise MixLoraError(f"{place}: the question has no image; LLaVA's benchmarks ask about images, give one to each")
+    text_field, id_field = ("prompt", "unique_id") if of_authors else ("text", "question_id")
+    prompt, identity = record[text_field], str(record[id_field])
+    if not isinstance(prompt, str):
+        raise MixLoraError(f"{place}: {text_field} is {prompt!r:.80}; expected the text of a question")
     if of_authors:
         # The authors' program takes the brackets away before it asks.
-        prompt, target = record["prompt"].replace("[Options]", "Options"), record.get("target")
-        identity = str(record["unique_id"])
+        prompt, target = prompt.replace("[Options]", "Options"), record.get("target")
     else:
-        prompt, target = record["text"], record.get("label", record.get("answer"))
-        identity = str(record["question_id"])
+        target = record.get("label", record.get("answer"))
         task = record.get("category") if isinstance(record.get("category"), str) else task
     # Files number their questions independently of each other.
     identity = f"{task}/{identity}" if several else identity
-    prompt = prompt.replace("<image>", "").strip()
+    prompt = _asked(prompt, place)
     return Question(identity, task, prompt, image_folder / image, None if target is None else str(target))
+
+
+def _asked(text: str, place: str) -> str:
+    """What is asked: a question's text without the mark of its image."""
+    if len(text) > (most := limits().prompt_letters):
+        how = how_to_raise("prompt_letters")
+        raise MixLoraError(f"{place}: a question of {len(text):,} letters, more than {most:,}; shorten it {how}")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise MixLoraError(f"{place}: holds half of a character (a lone surrogate); write the whole one")
+    return text.replace("<image>", "").strip()
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text; a sign that only some take for the end of a line, as U+2028, is part of a question."""
+    check_regular(file)
+    try:
+        return file.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
+    except UnicodeDecodeError as error:
+        raise MixLoraError(
+            f"{file} is not text in UTF-8 ({error.reason} at byte {error.start:,}); {EXPECTED}"
+        ) from error
 
 
 def _read_conversations(file: Path, image_folder: Path) -> Iterator[Question]:
@@ -162,7 +190,7 @@ def _read_conversations(file: Path, image_folder: Path) -> Iterator[Question]:
             raise MixLoraError(f"{file}: entry {number} has no image; LLaVA's benchmarks ask about images")
         asked, told = (turn["value"] for turn in sample["conversations"][:2])
         task = str(sample.get("task", file.stem))
-        prompt = asked.replace("<image>", "").strip()
+        prompt = _asked(asked, f"{file}, entry {number}")
         yield Question(str(sample.get("id", number)), task, prompt, image_folder / sample["image"], told)
 
 
@@ -172,7 +200,9 @@ def _read_mme(folder: Path) -> Iterator[Question]:
         for file in sorted(subtask.rglob("*.txt")):
             if file.stem not in images:
                 raise MixLoraError(f"{file}: no image {file.stem}.jpg or .png lies in {subtask}; is MME complete?")
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines()):
+            for number, line in enumerate(_lines(file)):
+                if not line.strip():
+                    continue
                 prompt, tab, target = line.rpartition("\t")
                 if not tab:
                     raise MixLoraError(f"{file}, line {number + 1}: expected a question, a tab and Yes or No")

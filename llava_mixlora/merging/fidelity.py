@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..lettering import literal
 from ..method.layer_merging import LOSSY
 from ..method.tensor_names import by_number
 
@@ -158,5 +159,5 @@ class Fidelity:
             axis.set_xticks(range(len(errors)), list(errors), rotation=90, fontsize=6)
             axis.grid(alpha=0.3)
             axis.legend()
-        figure.suptitle(f"Static stand-in for {Path(self.adapter).resolve().name}, by {self.method}")
+        figure.suptitle(f"Static stand-in for {literal(Path(self.adapter).resolve().name)}, by {self.method}")
         figure.savefig(file, dpi=110)

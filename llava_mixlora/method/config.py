@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..errors import MixLoraError
 from ..inputs import read_json
-from ..limits import NUM_FACTORS, TASKS
+from ..limits import how_to_raise, limits
 from ..writing import follow_umask
 from .field_kinds import OF_ANY_ADAPTER, TRUTH, check_kinds, is_number, is_whole
 from .model_card import TrainingRecord, write_card
@@ -331,8 +331,9 @@ class MixLoraConfig(PeftConfig):
             value = getattr(self, name)
             if not is_whole(value) or value < 1:
                 raise MixLoraError(f"{name}={value!r}: expected a whole number of at least 1")
-        if self.num_factors > NUM_FACTORS:
-            raise MixLoraError(f"num_factors={self.num_factors}: expected {NUM_FACTORS} at most; lower num_factors")
+        if self.num_factors > (most := limits().num_factors):
+            how = how_to_raise("num_factors")
+            raise MixLoraError(f"num_factors={self.num_factors}: expected {most} at most; lower num_factors {how}")
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}}
         for name, rank in ranks.items():
             if not 1 <= rank <= self.num_factors:
@@ -413,8 +414,8 @@ class MixLoraConfig(PeftConfig):
             or len(set(tasks)) != len(tasks)
         ):
             raise MixLoraError(f"tasks={repr(tasks)[:200]}: expected a list of different names")
-        if len(tasks or ()) > TASKS:
-            raise MixLoraError(f"tasks: {len(tasks):,} of them; expected {TASKS:,} at most")
+        if len(tasks or ()) > (most := limits().tasks):
+            raise MixLoraError(f"tasks: {len(tasks):,} of them; expected {most:,} at most {how_to_raise('tasks')}")
         if weight == 0:
             return
         if not tasks:

@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from ..errors import MixLoraError
-from ..limits import PATTERN_BITS, PATTERN_LETTERS
+from ..limits import limits
 
 if sys.version_info >= (3, 11):
     from re import _constants as sre
@@ -40,10 +40,9 @@ def check_pattern(field: str, pattern: str, whole: str = "{}") -> None:
         MixLoraError: it is not valid, too long, or has too many ways to match.
     """
     shown = repr(pattern if len(pattern) <= 200 else f"{pattern[:200]}...")
-    if len(pattern) > PATTERN_LETTERS:
+    if len(pattern) > (most := limits().pattern_letters):
         raise MixLoraError(
-            f"{field}={shown}: {len(pattern):,} letters, and an expression may have {PATTERN_LETTERS:,}; name the "
-            "layers in a list"
+            f"{field}={shown}: {len(pattern):,} letters, and an expression may have {most:,}; name the layers in a list"
         )
     try:
         re.compile(pattern)
@@ -52,7 +51,7 @@ def check_pattern(field: str, pattern: str, whole: str = "{}") -> None:
         raise MixLoraError(f"{field}={shown}: not a valid regular expression ({error})") from None
     except (RecursionError, OverflowError) as error:
         raise MixLoraError(f"{field}={shown}: not a usable regular expression ({type(error).__name__})") from None
-    if bits > PATTERN_BITS:
+    if bits > limits().pattern_bits:
         raise MixLoraError(
             f"{field}={shown}: matching a name could take minutes; expected few repeats, and none within another; "
             "name the layers in a list, or make it simpler"
@@ -81,7 +80,7 @@ def _bits_of(kind: Any, value: Any, looped: bool) -> float:
         alternatives = value[1]
         return math.log2(len(alternatives)) + max(_bits(each, looped) for each in alternatives)
     if kind in (sre.ASSERT, sre.ASSERT_NOT):  # is left with one answer
-        return math.inf if _bits(value[1], looped) > PATTERN_BITS else 0
+        return math.inf if _bits(value[1], looped) > limits().pattern_bits else 0
     if kind in (sre.GROUPREF, sre.GROUPREF_EXISTS):
         return math.inf
     return _bits(value, looped) if kind is getattr(sre, "ATOMIC_GROUP", None) else 0

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from llava_mixlora import inputs
 from llava_mixlora.inputs import check_writable, read_json
+from llava_mixlora.limits import VARIABLE
 
 from ..tiny import message_of
 
@@ -62,7 +62,7 @@ def test_what_trainer_logs_may_hold_what_is_no_number(tmp_path):
 
 
 def test_large_file_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(inputs, "JSON_BYTES", 10)
+    monkeypatch.setenv(VARIABLE, "json_bytes=10")
     assert "has 13 bytes" in message_of(read_json, written(tmp_path, '{"a": "bcde"}'))
 
 

@@ -27,7 +27,8 @@ ORDER = (
 )
 FLOORS = {
     GROUND: {
-        *("errors", "limits", "inputs", "own_files", "attention", "shipped", "interruption", "writing", "folder_lock"),
+        *("errors", "limits", "inputs", "own_files", "lettering", "attention", "shipped", "interruption", "writing"),
+        "folder_lock",
     },
     # The package itself registers the method, and says whether it could.
     "method": {"__init__"},

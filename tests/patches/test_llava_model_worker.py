@@ -7,6 +7,7 @@ import time
 
 import pytest
 from fastapi import BackgroundTasks
+from llava_mixlora.limits import VARIABLE
 from llava_mixlora.patches.llava_model_worker import PATCHES, AnswerStream
 from transformers import AutoTokenizer, TextIteratorStreamer
 
@@ -95,6 +96,15 @@ def test_place_is_released_where_its_waiters_are():
         assert await asyncio.wait_for(waiting, 5) and told == [True]
 
     asyncio.run(leave_and_enter(), debug=True)
+
+
+def test_prompt_that_would_hold_up_the_others_is_refused(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "prompt_letters=10")
+    check = next(patch.replace for patch in PATCHES if patch.target.endswith("generate_stream"))
+    generate = check(lambda worker, params: iter([b"answer"]))
+    assert list(generate(None, {"prompt": "0123456789"})) == [b"answer"]
+    with pytest.raises(ValueError, match="a prompt of 11 letters, more than 10"):
+        list(generate(None, {"prompt": "0123456789?"}))
 
 
 def test_stream_is_still_a_streamer_of_transformers(stream):

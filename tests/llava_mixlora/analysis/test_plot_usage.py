@@ -98,3 +98,9 @@ def test_incomplete_adapter_is_drawn_where_that_is_asked_for(adapter, capsys):
     assert main(["plot", str(adapter)]) == 1
     assert "q_proj.mixlora_A (1 of " in capsys.readouterr().err
     assert main(["plot", str(adapter), "--allow-incomplete"]) == 0
+
+
+def test_name_with_dollar_signs_is_no_formula(adapter, tmp_path):
+    named = adapter.rename(tmp_path / "$a_{$b")
+    plot(named, tmp_path / "usage.png")
+    assert (tmp_path / "usage.png").stat().st_size > 0

@@ -68,6 +68,12 @@ def test_plot_draws_three_pictures_of_the_tasks(adapter, data, tmp_path):
     assert found["similarity"][0][0] == pytest.approx(1)
 
 
+def test_tasks_with_dollar_signs_are_no_formulas(tmp_path):
+    chosen, labels = {"layer": torch.eye(4, 6, dtype=torch.bool).unsqueeze(1)}, torch.tensor([0, 0, 1, 1])
+    draw_task_routes(TaskRoutes(["a $x_{", "b $y_{$"], labels, chosen, ["pool A"]), tmp_path)
+    assert (tmp_path / "task_usage.png").is_file() and (tmp_path / "task_similarity.png").is_file()
+
+
 def test_model_without_routers_is_refused(llava_folder, data, tmp_path, capsys):
     assert main(words(llava_folder, data, "--samples", 2, "--output", tmp_path)) == 1
     assert "is no MixLoRA adapter" in capsys.readouterr().err

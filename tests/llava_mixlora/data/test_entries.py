@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 
 import pytest
 from hypothesis import given
@@ -102,3 +103,15 @@ def test_files_that_are_not_text_are_described(tmp_path):
 def test_folders_and_missing_files_are_described(tmp_path):
     assert "cannot be read" in message_of(lambda: list(entries(tmp_path)))
     assert "no such file" in message_of(lambda: list(entries(tmp_path / "gone.json")))
+
+
+def test_pipe_and_device_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        assert f"{name} is no regular file" in message_of(list, entries(tmp_path / name))
+
+
+def test_entry_that_is_nested_too_deep_is_named(tmp_path):
+    (tmp_path / "deep.json").write_text(json.dumps([FIRST])[:-1] + ', {"conversations": ' + "[" * 100_000)
+    assert "nested too deep" in message_of(list, entries(tmp_path / "deep.json"))

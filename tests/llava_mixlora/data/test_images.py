@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_mixlora.data.images import MAX_ASPECT_RATIO, check_images, image_problem, open_image
+from llava_mixlora.data.images import check_images, image_problem, open_image
+from llava_mixlora.limits import VARIABLE, limits
 
 from ...tiny import message_of
 
@@ -75,9 +76,26 @@ def test_what_is_no_image_file_is_told(tmp_path):
 
 
 def test_long_thin_images_are_refused(tmp_path):
-    for size, problem in (((MAX_ASPECT_RATIO, 1), None), ((1, MAX_ASPECT_RATIO + 1), "aspect ratio above")):
+    for size, problem in (((limits().image_ratio, 1), None), ((1, limits().image_ratio + 1), "aspect ratio above")):
         found = image_problem(written(tmp_path, "1.png", Image.new("RGB", size)))
         assert found is None if problem is None else problem in found
+
+
+def test_what_is_refused_is_not_opened_either(tmp_path, monkeypatch):
+    thin = written(tmp_path, "1.png", Image.new("RGB", (1, limits().image_ratio + 1)))
+    assert "aspect ratio above" in message_of(open_image, thin)
+    square = written(tmp_path, "2.png", Image.new("RGB", (20, 10)))
+    monkeypatch.setenv(VARIABLE, "image_pixels=200")
+    assert open_image(square).size == (20, 10)
+    assert "padded to a square" in message_of(open_image, square, padded=True)
+    monkeypatch.setenv(VARIABLE, "image_bytes=10")
+    assert "bytes, more than 10" in message_of(open_image, square) and "more than 10" in image_problem(square)
+
+
+def test_limits_can_be_raised(tmp_path, monkeypatch):
+    thin = written(tmp_path, "1.png", Image.new("RGB", (1, limits().image_ratio + 1)))
+    monkeypatch.setenv(VARIABLE, f"image_ratio={limits().image_ratio + 1}")
+    assert image_problem(thin) is None and open_image(thin).size[0] == 1
 
 
 def test_images_of_too_many_pixels_are_refused_without_decoding_them(tmp_path):

@@ -340,7 +340,7 @@ LLAMA_CONFIG = {"model_type": "llama", **LLAMA, "vocab_size": VOCABULARY}
     ("written", "named"),
     [
         ("no json", "not valid JSON"),
-        ('["a", "list"]', "no model_type"),
+        ('["a", "list"]', "expected a JSON object"),
         (json.dumps({**LLAMA_CONFIG, "model_type": "gpt2"}), "'gpt2' is not supported"),
         (json.dumps({**LLAMA_CONFIG, "model_type": "llava", "text_config": {}}), "'llava' is not supported"),
         (json.dumps({"model_type": "llama"}), "hidden_size is None"),

@@ -1,12 +1,14 @@
 """The formats that questions come in, and what is wrong with some."""
 
 import json
+import os
 
 import pytest
 from PIL import Image
 
 from llava_mixlora import MixLoraError
 from llava_mixlora.evaluation.questions import read_questions
+from llava_mixlora.limits import VARIABLE
 
 pytestmark = pytest.mark.one_stack
 
@@ -105,3 +107,37 @@ def test_mme_that_is_incomplete_is_one_line(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "count" / "7.png")
     (tmp_path / "count" / "7.txt").write_text("How many? Yes\n")
     assert "a tab and Yes or No" in message_of(tmp_path)
+
+
+def test_question_that_is_no_text_is_named(place):
+    for prompt in (None, 7, ["what?"], {"text": "what?"}):
+        message = message_of(lines(place / "q.jsonl", of_authors("1"), of_authors("2", prompt=prompt)))
+        assert "q.jsonl, line 2: prompt is" in message and repr(prompt) in message
+    assert "text is None" in message_of(lines(place / "q.jsonl", of_llava("1", text=None)))
+    assert "half of a character" in message_of(lines(place / "q.jsonl", of_llava("1", text="what\ud800?")))
+
+
+def test_sign_that_some_take_for_the_end_of_a_line_is_part_of_the_question(place):
+    question = json.dumps(of_llava("1", text="what\u2028is\x85it?"), ensure_ascii=False)
+    (place / "q.jsonl").write_text(f"{question}\r\n\n", encoding="utf-8")
+    assert [asked.prompt for asked in read_questions(place / "q.jsonl")] == ["what\u2028is\x85it?"]
+
+
+def test_file_that_is_no_text_is_named(place):
+    (place / "q.jsonl").write_bytes(b"\xff\xfe\x00")
+    assert "not text in UTF-8" in message_of(place / "q.jsonl")
+    (place / "q.jsonl").write_text('{"a":' * 100_000)
+    assert "line 1: nested too deep" in message_of(place / "q.jsonl")
+
+
+def test_pipe_is_not_waited_for(place):
+    os.mkfifo(place / "q.jsonl")
+    os.mkfifo(place / "q.json")
+    for source in (place / "q.jsonl", place / "q.json", place):
+        assert "no regular file" in message_of(source)
+
+
+def test_question_of_too_many_letters_is_refused(place, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "prompt_letters=10")
+    assert len(read_questions(lines(place / "q.jsonl", of_llava("1", text="0123456789")))) == 1
+    assert "a question of 11 letters" in message_of(lines(place / "q.jsonl", of_llava("1", text="0123456789?")))
