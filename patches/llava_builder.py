@@ -24,7 +24,7 @@ from llava_mixlora.adapters.config_file import config_of
 from llava_mixlora.adapters.llava_config import check_names_no_code, llava_config
 from llava_mixlora.adapters.loader_names import loader_name
 from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
-from llava_mixlora.adapters.model_places import base_model_of, vision_tower_of
+from llava_mixlora.adapters.model_places import adapter_of, base_model_of, vision_tower_of
 from llava_mixlora.adapters.pickles import TensorsOnly
 from llava_mixlora.adapters.reading import Adapter, read
 from llava_mixlora.attention import FLASH, available_attention
@@ -54,6 +54,7 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         **kwargs: Any,
     ) -> Loaded:
         chosen = choices or choices_of_the_program.get()
+        model_path = adapter_of(model_path)
         # Where there is an adapter, upstream takes what lies beside it at its word, code included.
         if not is_adapter(model_path):
             check_names_no_code(model_path)

@@ -18,11 +18,19 @@ def config_file(model: str, cache_dir: str | None = None) -> Path | None:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder / CONFIG_NAME if (folder / CONFIG_NAME).is_file() else None
+    return hub_file(model, CONFIG_NAME, cache_dir)
+
+
+def hub_file(model: str, name: str, cache_dir: str | None = None) -> Path | None:
+    """Where a file of a repository on the hub lies; None where it cannot be had, as for what can be no hub name.
+
+    What has been downloaded before is taken as it is.
+    """
     if model.startswith((".", "/", "~")) or model.count("/") > 1:  # a folder, and not there
         return None
     for offline in (True, False):
         try:
-            return Path(cached_file(model, CONFIG_NAME, cache_dir=cache_dir, local_files_only=offline))
+            return Path(cached_file(model, name, cache_dir=cache_dir, local_files_only=offline))
         except (OSError, ValueError, TypeError):  # of no network, of no such repository, of no name for one
             continue
     return None

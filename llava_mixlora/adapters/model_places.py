@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME
 
 from ..errors import MixLoraError
 from .adapter_folder import read_fields
-from .config_file import config_file
+from .config_file import config_file, hub_file
+
+OF_ADAPTER = ("*.json", "*.safetensors", "*.bin", "*.model")
+"""Files of an adapter's repository that loading it may read."""
 
 
 def base_model_of(folder: str | Path, model_base: str | None = None, flag: str = "--model-base") -> str:
@@ -56,6 +60,21 @@ def vision_tower_of(folder: str | Path, recorded: str, vision_tower: str | None 
         return _typed(vision_tower, "--vision-tower")
     beside = [Path(folder), *([Path(base)] if base else [])]
     return _recorded(recorded, beside, f"vision tower, which the config.json of {folder} names", "--vision-tower")
+
+
+def adapter_of(model: str) -> str:
+    """`model`; or where it lies here if that is the hub name of an adapter, which is downloaded where it is not yet.
+
+    Raises:
+        MixLoraError: the adapter cannot be had.
+    """
+    if Path(model).expanduser().exists() or hub_file(model, CONFIG_NAME) is None:
+        return model
+    try:
+        return snapshot_download(model, allow_patterns=OF_ADAPTER)
+    except Exception as error:  # no network, no access: the hub's client has a type for each
+        reason = " ".join(str(error).split())[:200]
+        raise MixLoraError(f"{model}: the adapter cannot be had from the hub ({reason}); pass its folder") from error
 
 
 def looks_like_folder(name: str) -> bool:

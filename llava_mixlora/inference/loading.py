@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from ..adapters.adapter_folder import is_adapter
 from ..adapters.model_choices import AS_NAMED, ModelChoices
-from ..adapters.model_places import base_model_of
+from ..adapters.model_places import adapter_of, base_model_of
 from ..inputs import check_model_path
 
 Loaded = tuple[Any, Any, Any]
@@ -47,6 +47,7 @@ def load_for_inference(
     patches.apply()
     from llava.model.builder import load_pretrained_model
 
+    model_path = adapter_of(str(model_path))
     has_adapter = is_adapter(model_path)
     base = base_model_of(model_path, model_base and str(model_base)) if has_adapter else None
     # Upstream takes its branch by the name, and merges its own adapters.

@@ -84,6 +84,10 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Given], bool], str]] = {
         "LLaVA declares this flag and never reads it; leave it out (--mixlora_init_from goes on with a MixLoRA adapter "
         "on new data, and the same --output_dir from its own checkpoints)",
     ),
+    "batch_eval_metrics": (
+        lambda given: given["batch_eval_metrics"],
+        "held-out metrics are summed batch by batch anyway, and Trainer's way of it takes other ones; leave it out",
+    ),
     "evaluation_strategy": (_evaluates_nothing, NO_EVALUATION),
     "eval_strategy": (_evaluates_nothing, NO_EVALUATION),
 }

@@ -1,12 +1,15 @@
 """A base and a tower are found again, or asked for with the flag that names them."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from llava_mixlora import MixLoraConfig, MixLoraError
-from llava_mixlora.adapters.model_places import base_model_of, vision_tower_of
+from llava_mixlora.adapters.model_places import adapter_of, base_model_of, vision_tower_of
 
 from ...tiny import message_of
 
@@ -37,6 +40,27 @@ def test_given_base_wins(adapter, tmp_path):
 
 def test_hub_names_pass_unchecked(adapter):
     assert base_model_of(adapter, "lmsys/vicuna-7b-v1.5") == "lmsys/vicuna-7b-v1.5"
+
+
+def test_adapter_on_the_hub_is_read_where_it_has_been_downloaded_to(adapter, tmp_path):
+    found = {}
+    for repository, files in {"adapter": adapter, "model": adapter.parents[1] / "models"}.items():
+        snapshot = tmp_path / f"models--owner--{repository}" / "snapshots" / (40 * "a")
+        shutil.copytree(files, snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text(40 * "a")
+        found[repository] = snapshot
+    program = (
+        "import sys; from llava_mixlora.adapters.model_places import adapter_of; print(*map(adapter_of, sys.argv[1:]))"
+    )
+    asked = [sys.executable, "-c", program, "owner/adapter", "owner/model", "owner/none"]
+    done = subprocess.run(asked, env={**os.environ, "HF_HUB_CACHE": str(tmp_path)}, capture_output=True, text=True)
+    assert done.stdout.split() == [str(found["adapter"]), "owner/model", "owner/none"], done.stderr
+
+
+def test_folder_of_an_adapter_is_no_hub_name(adapter, monkeypatch):
+    monkeypatch.chdir(adapter.parents[1])
+    assert adapter_of("output/adapter") == "output/adapter" and adapter_of("/no/such/folder") == "/no/such/folder"
 
 
 @pytest.mark.parametrize("recorded", ["models/base", "./models/base"])

@@ -47,6 +47,7 @@ def test_usable_flags_pass(given):
         ("mm_vision_select_feature", "cls", "expected one of patch, cls_patch"),
         ("mm_projector_type", "mlp2x", "expected linear, identity or mlp2x_gelu"),
         ("lora_bias", "lora", "expected one of none, all, lora_only"),
+        ("batch_eval_metrics", True, "leave it out"),
         ("evaluation_strategy", "steps", "--eval_data_path"),
         ("eval_strategy", "epoch", "--eval_data_path"),
     ],
