@@ -32,8 +32,7 @@ class PeftConfig(peft.PeftConfig):
 
     def __post_init__(self) -> None:
         if self.task_type is not None and self.task_type not in list(peft.TaskType):
-            known = ", ".join(peft.TaskType)
-            raise ValueError(f"Invalid task type: '{self.task_type}'. Must be one of the following: {known}.")
+            raise ValueError(f"task_type={self.task_type!r}: expected one of {', '.join(peft.TaskType)}, or None")
 
 
 class BaseTuner(older_peft.BaseTuner):
@@ -54,7 +53,7 @@ class BaseTuner(older_peft.BaseTuner):
         if peft_config.target_modules is None:
             known = self.target_module_mapping.get(model_config.get("model_type"))
             if known is None:
-                raise ValueError("Please specify `target_modules` in `peft_config`")
+                raise ValueError("no layers are known for this model; give their names as target_modules")
             peft_config.target_modules = set(known)
         return peft_config
 
@@ -75,8 +74,8 @@ class BaseTuner(older_peft.BaseTuner):
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         if sum(other.bias != "none" for other in self.peft_config.values()) > 1:
             raise ValueError(
-                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to "
-                "'none' for all adapters."
+                f"bias={config.bias!r}: another adapter trains the biases already, which are the base's, so only one "
+                "may; give bias='none'"
             )
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
@@ -118,8 +117,7 @@ class BaseTuner(older_peft.BaseTuner):
         for adapter in self.active_adapters:
             if (bias := self.peft_config[adapter].bias) != "none":
                 warnings.warn(
-                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
-                    "output as the base model would without adaption.",
+                    f"the adapter is disabled, but the biases that it has trained (bias={bias!r}) stay in the base",
                     stacklevel=2,
                 )
         for module in self._switchable():

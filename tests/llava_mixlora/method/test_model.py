@@ -219,7 +219,7 @@ def test_each_adapter_switches_to_the_module_saved_with_it(llama):
 
 def test_only_one_adapter_may_train_biases(llama):
     model = get_peft_model(llama, config(bias="mixlora_only"))
-    with pytest.raises(ValueError, match="1 adapter with bias"):
+    with pytest.raises(ValueError, match="bias"):
         model.add_adapter("second", config(bias="all"))
 
 
