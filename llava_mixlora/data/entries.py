@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from ..errors import MixLoraError
 from ..inputs import check_regular
+from ..limits import how_to_raise, limits
 
 BLOCK = 1 << 20  # characters read at once
 BYTE_ORDER_MARKS = {
@@ -53,6 +54,8 @@ def entries(path: str | Path) -> Iterator[Any]:
             f"{path}: not valid JSON at {where} (line {error.lineno}: {error.msg}); is the download complete? "
             f"Expected {EXPECTED}"
         ) from error
+    except ValueError as error:  # of a number with thousands of digits
+        raise MixLoraError(f"{path}: entry {number} cannot be read ({error}); expected {EXPECTED}") from error
     except RecursionError:
         raise MixLoraError(f"{path}: entry {number} is nested too deep; expected {EXPECTED}") from None
     except OSError as error:
@@ -130,6 +133,8 @@ class _Window:
                 if self.ended or end < len(self.text):  # a number at the window's end may go on behind it
                     self.place = end
                     return value
+            if len(self.text) - self.place > (most := limits().json_bytes):
+                self.fail(f"an entry of more than {most:,} letters {how_to_raise('json_bytes')}")
             self._read(block)
             block *= 2  # an entry longer than the window would else be parsed in vain as often as it has blocks
 

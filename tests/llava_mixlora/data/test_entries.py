@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llava_mixlora.data import entries as module
 from llava_mixlora.data.entries import entries
+from llava_mixlora.limits import VARIABLE
 
 from ...tiny import message_of
 
@@ -80,6 +81,18 @@ def test_broken_files_are_described(tmp_path, content, named):
     (tmp_path / "data.json").write_text(content)
     message = message_of(lambda: list(entries(tmp_path / "data.json")))
     assert named in message and str(tmp_path / "data.json") in message and "JSON list of conversations" in message
+
+
+def test_numbers_of_thousands_of_digits_are_described(tmp_path):
+    (tmp_path / "data.json").write_text(f'[{{"id": 1}}, {{"id": {"9" * 5000}}}]')
+    assert "entry 1 cannot be read" in message_of(lambda: list(entries(tmp_path / "data.json")))
+
+
+def test_entry_that_never_ends_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, f"json_bytes={module.BLOCK}")
+    (tmp_path / "data.json").write_text('[{"id": 1}, "' + "x" * (8 * module.BLOCK))
+    message = message_of(lambda: list(entries(tmp_path / "data.json")))
+    assert "entry 1 (line 1: an entry of more than 1,048,576 letters (--input-limit json_bytes=" in message
 
 
 def test_what_is_wrong_is_told_without_reading_to_the_end(tmp_path):
