@@ -123,7 +123,7 @@ def _is_json_lines(file: Path) -> bool:
     # POPE's label files are JSON Lines named .json.
     check_regular(file)
     with file.open(encoding="utf-8", errors="replace") as lines:
-        return lines.readline().lstrip().startswith("{")
+        return lines.readline(1024).lstrip().startswith("{")
 
 
 def _read_lines(file: Path, image_folder: Path, several: bool) -> Iterator[Question]:
@@ -173,15 +173,22 @@ def _asked(text: str, place: str) -> str:
     return text.replace("<image>", "").strip()
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(file: Path) -> Iterator[str]:
     """The lines of a text; a sign that only some take for the end of a line, as U+2028, is part of a question."""
     check_regular(file)
+    number, most = 0, limits().json_bytes
     try:
-        return file.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
+        with file.open(encoding="utf-8-sig") as text:
+            while line := text.readline(most + 1):
+                number += 1
+                if len(line) > most:
+                    how = how_to_raise("json_bytes")
+                    raise MixLoraError(
+                        f"{file}, line {number}: more than {most:,} letters; is it the right file? {how}"
+                    )
+                yield line.removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise MixLoraError(
-            f"{file} is not text in UTF-8 ({error.reason} at byte {error.start:,}); {EXPECTED}"
-        ) from error
+        raise MixLoraError(f"{file} is not text in UTF-8 ({error.reason} behind line {number}); {EXPECTED}") from error
 
 
 def _read_conversations(file: Path, image_folder: Path) -> Iterator[Question]:

@@ -141,3 +141,9 @@ def test_question_of_too_many_letters_is_refused(place, monkeypatch):
     monkeypatch.setenv(VARIABLE, "prompt_letters=10")
     assert len(read_questions(lines(place / "q.jsonl", of_llava("1", text="0123456789")))) == 1
     assert "a question of 11 letters" in message_of(lines(place / "q.jsonl", of_llava("1", text="0123456789?")))
+
+
+def test_line_that_never_ends_is_not_read_to_its_end(place):
+    lines(place / "questions.jsonl", of_llava(1))
+    os.truncate(place / "questions.jsonl", 1 << 40)
+    assert "line 2: more than" in message_of(place / "questions.jsonl")
