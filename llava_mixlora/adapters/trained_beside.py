@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from ..method.tensor_names import PEFT_PREFIX
-from .adapter_folder import NON_LORA_TRAINABLES, SAFE_NON_LORA_TRAINABLES
+from .adapter_folder import NON_LORA_TRAINABLES, SAFE_NON_LORA_TRAINABLES, is_mixlora_adapter, weights_of
 from .reading import read_beside
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only")
@@ -56,6 +56,17 @@ def load_trained_beside(model: nn.Module, adapter: str, place: str, others: Coll
     with torch.no_grad():
         for name, tensor in news.items():
             parameters[name].copy_(tensor)
+
+
+def check_weights_are_there(place: str, subfolder: str | None = None) -> None:
+    """Refuse the folder of a MIXLORA adapter that has no file of weights, which PEFT would look for on the hub.
+
+    Raises:
+        MixLoraError: as [`adapter_folder.weights_of`].
+    """
+    folder = Path(place, subfolder or "")
+    if is_mixlora_adapter(folder):
+        weights_of(folder)
 
 
 def _folder(place: str, options: dict[str, Any]) -> Path | None:

@@ -78,6 +78,13 @@ def test_projector_fits_the_dtype_of_the_model(adapter, llava_folder):
     assert lines == []
 
 
+def test_folder_without_weights_is_no_name_on_the_hub(other, llava_folder, tmp_path):
+    (other / "adapter_model.safetensors").unlink()
+    model = plain(llava_folder)
+    assert "adapter_model.safetensors is missing" in message_of(PeftModel.from_pretrained, model, other)
+    assert "is missing" in message_of(PeftModel.from_pretrained, model, tmp_path, subfolder=other.name)
+
+
 def test_second_adapter_with_another_projector_is_warned_of_and_leaves_the_first_ones(adapter, other, llava_folder):
     model = PeftModel.from_pretrained(plain(llava_folder), adapter)
     (line,), _ = told(lambda: model.load_adapter(str(other), "other"))
