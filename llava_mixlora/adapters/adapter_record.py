@@ -147,6 +147,8 @@ def _model(contents: Mapping[str, Any] | None) -> KnownModel | None:
         return None
     found = contents["fingerprint"]
     name, revision = _text(contents, "name_or_path"), _text(contents, "revision")
+    if name is None:
+        raise KeyError("name_or_path")
     return KnownModel(name, bool(contents["is_folder"]), revision, found and _fingerprint(found))
 
 

@@ -142,6 +142,8 @@ def read_any_config(folder: str | Path) -> Any:
                 check_pattern(f"{name}[{key!r:.80}]", key, r"(.*\.)?({})$")
         if kind == LORA and not (type(fields.get("r")) is int and 1 <= fields["r"] <= LARGEST_RANK):
             raise MixLoraError(f"r={repr(fields.get('r'))[:100]}: expected a whole number of at least 1")
+        if kind is None:
+            raise KeyError("none")
         taken = {name: value for name, value in fields.items() if name in OF_LORA} if kind == LORA else fields
         return PeftConfig.from_peft_type(**taken)
     except MixLoraError as error:
@@ -185,6 +187,8 @@ def _config_of_base(base: str | None) -> dict[str, Any] | None:
 def _check_tensors(config: Any, forms: Mapping[str, Form], of_model: Mapping[str, Any] | None, file: Path) -> None:
     """Compare an adapter's tensors with its configuration and with the model that `of_model` describes."""
     is_mixlora = config.peft_type == MIXLORA
+    if not is_mixlora and config.peft_type != LORA:  # of which nothing is known here, and no command loads it
+        return
     known = None if of_model is None else decoder_layers(of_model)
     wanted = None if known is None else targeted(config, known)
     found = {name.removeprefix(PEFT_PREFIX): form for name, form in forms.items()}
@@ -197,7 +201,7 @@ def _check_tensors(config: Any, forms: Mapping[str, Form], of_model: Mapping[str
     if is_mixlora:
         width = (of_model or {}).get("hidden_size")
         check_tensors(config, found, file, layers, width if type(width) is int else None)
-    elif config.peft_type == LORA:
+    else:
         check_lora(config, found, file, layers)
 
 

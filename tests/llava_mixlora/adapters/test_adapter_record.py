@@ -66,6 +66,7 @@ def test_format_of_a_newer_version_is_refused_with_both_versions(tmp_path):
         {"conversation": 3},
         {"base": "x"},
         {"base": {}},
+        {"base": {"is_folder": True, "fingerprint": None}},
         {"merged": 7},
         {"merged": ["x"]},
         {"data": 3},

@@ -196,6 +196,20 @@ def test_adapters_of_no_known_type_are_named(adapter, kind):
     assert f"peft_type={kind!r}" in message_of(read, folder)
 
 
+@pytest.mark.parametrize("fields", [{}, {"target_modules": ["q_proj"]}], ids=str)
+def test_adapter_without_a_type_is_named(adapter, fields):
+    folder = adapter("lora")
+    (folder / CONFIG).write_text(json.dumps(fields))
+    assert "peft_type=None" in message_of(read, folder)
+
+
+@pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING"])
+def test_adapter_of_another_method_is_left_to_it(adapter, kind):
+    folder = adapter("lora")
+    (folder / CONFIG).write_text(json.dumps({"peft_type": kind}))
+    assert not read(folder).is_mixlora
+
+
 def test_plain_lora_is_no_mixlora_adapter(adapter):
     assert "peft_type='LORA'" in message_of(read_mixlora, adapter("lora"))
 
