@@ -8,6 +8,7 @@ import math
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,31 @@ def check_regular(file: str | Path) -> None:
         return
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise MixLoraError(f"{file} is no regular file; expected one, which can be read more than once")
+
+
+def text_lines(file: Path, hint: str) -> Iterator[str]:
+    """The lines of a text in UTF-8, one after the other, with their ends; a sign that only some take for one is none.
+
+    `hint`: what a message says last.
+
+    Raises:
+        MixLoraError: the file is no regular one, cannot be read, is no text, or has a line that is larger than JSON may
+            be.
+    """
+    check_regular(file)
+    number, most = 0, limits().json_bytes
+    try:
+        with open(file, encoding="utf-8-sig") as text:
+            while line := text.readline(most + 1):
+                number += 1
+                if len(line) > most:
+                    more = f"more than {most:,} letters {how_to_raise('json_bytes')}"
+                    raise MixLoraError(f"{file}, line {number}: {more}; {hint}")
+                yield line
+    except UnicodeDecodeError as error:
+        raise MixLoraError(f"{file} is not text in UTF-8 ({error.reason} behind line {number}); {hint}") from error
+    except OSError as error:
+        raise MixLoraError(f"{file} cannot be read ({error.strerror}); {hint}") from error
 
 
 def _text(file: Path) -> str:

@@ -269,10 +269,8 @@ def _collect(output: Path, questions: list[Question]) -> Answers:
     parts = sorted(output.glob(PARTS))
     answers: Answers = {}
     for file in [output / ANSWERS, *parts]:
-        lines = read_lines(file)
-        if not all({"question_id", "prompt", "text"} <= line.keys() for line in lines):
-            raise MixLoraError(f"{file} is damaged (a line is no answer); remove it, or choose another --output")
-        answers |= {str(line["question_id"]): line for line in lines}
+        lines = read_lines(file, {"question_id": str, "prompt": str, "text": str})
+        answers |= {line["question_id"]: line for line in lines}
     asked = {question.id: question.prompt for question in questions}
     for identity, line in answers.items():
         if asked.get(identity) != line["prompt"]:

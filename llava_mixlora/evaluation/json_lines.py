@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import MixLoraError
+from ..inputs import text_lines
 from ..writing import writing
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path, kinds: Mapping[str, type]) -> list[dict[str, Any]]:
     """The objects of a file, [] when there is none; a last line that a killed process left torn is dropped.
 
+    `kinds`: the fields that each has, and of which type they are.
+
     Raises:
-        MixLoraError: another line is damaged.
+        MixLoraError: another line is damaged, or lacks one of the fields.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         return []
-    try:
-        *whole, _torn = file.read_text(encoding="utf-8").split("\n")
-        lines = [json.loads(line) for line in whole]
-    except (ValueError, RecursionError) as error:
-        raise MixLoraError(f"{file} is damaged ({error}); remove it, or choose another --output") from error
-    if not all(isinstance(line, dict) for line in lines):
-        raise MixLoraError(f"{file} is damaged (a line is no object); remove it, or choose another --output")
-    return lines
+    found, hint = [], "remove it, or choose another --output"
+    for number, text in enumerate(text_lines(file, hint), start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise MixLoraError(f"{file} is damaged (line {number}: {error}); {hint}") from error
+        if not (isinstance(line, dict) and all(isinstance(line.get(name), kind) for name, kind in kinds.items())):
+            wanted = " and ".join(kinds)
+            raise MixLoraError(f"{file} is damaged (line {number} has not {wanted} as they were written); {hint}")
+        found.append(line)
+    return found
 
 
 def append_lines(file: Path, lines: list[dict[str, Any]]) -> None:

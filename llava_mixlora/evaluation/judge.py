@@ -38,7 +38,9 @@ def judge_answers(
         MixLoraError: the judge cannot be loaded.
     """
     keys = {q.id: [name, q.id, q.target, answers[q.id]["text"]] for q in questions if q.target is not None}
-    known = {json.dumps(line["key"]): line["right"] for line in read_lines(output / JUDGED)}
+    known = {
+        json.dumps(line["key"]): line["right"] for line in read_lines(output / JUDGED, {"key": list, "right": bool})
+    }
     verdicts = {i: known[json.dumps(key)] for i, key in keys.items() if json.dumps(key) in known}
     pending = [question for question in questions if question.id in keys and question.id not in verdicts]
     if not pending:

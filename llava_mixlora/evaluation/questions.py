@@ -18,7 +18,7 @@ from typing import Any
 
 from ..data.conversations import read_conversations
 from ..errors import MixLoraError
-from ..inputs import check_regular
+from ..inputs import check_regular, text_lines
 from ..limits import how_to_raise, limits
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
@@ -127,7 +127,7 @@ def _is_json_lines(file: Path) -> bool:
 
 
 def _read_lines(file: Path, image_folder: Path, several: bool) -> Iterator[Question]:
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(text_lines(file, EXPECTED), start=1):
         if not line.strip():
             continue
         try:
@@ -173,24 +173,6 @@ def _asked(text: str, place: str) -> str:
     return text.replace("<image>", "").strip()
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """The lines of a text; a sign that only some take for the end of a line, as U+2028, is part of a question."""
-    check_regular(file)
-    number, most = 0, limits().json_bytes
-    try:
-        with file.open(encoding="utf-8-sig") as text:
-            while line := text.readline(most + 1):
-                number += 1
-                if len(line) > most:
-                    how = how_to_raise("json_bytes")
-                    raise MixLoraError(
-                        f"{file}, line {number}: more than {most:,} letters; is it the right file? {how}"
-                    )
-                yield line.removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise MixLoraError(f"{file} is not text in UTF-8 ({error.reason} behind line {number}); {EXPECTED}") from error
-
-
 def _read_conversations(file: Path, image_folder: Path) -> Iterator[Question]:
     for number, sample in enumerate(read_conversations(file)):
         if not isinstance(sample.get("image"), str):
@@ -207,10 +189,10 @@ def _read_mme(folder: Path) -> Iterator[Question]:
         for file in sorted(subtask.rglob("*.txt")):
             if file.stem not in images:
                 raise MixLoraError(f"{file}: no image {file.stem}.jpg or .png lies in {subtask}; is MME complete?")
-            for number, line in enumerate(_lines(file)):
+            for number, line in enumerate(text_lines(file, EXPECTED)):
                 if not line.strip():
                     continue
-                prompt, tab, target = line.rpartition("\t")
+                prompt, tab, target = line.removesuffix("\n").rpartition("\t")
                 if not tab:
                     raise MixLoraError(f"{file}, line {number + 1}: expected a question, a tab and Yes or No")
                 yield Question(f"{subtask.name}/{file.stem}/{number}", subtask.name, prompt, images[file.stem], target)
