@@ -32,6 +32,8 @@ NAMED = 3  # tensors that a message names; of others it tells the number
 PART = ".mixlora_"
 STATISTICS = {"mixlora_stats_usage": "I64", "mixlora_stats_moments": "F64"}
 """Sums of training, which an adapter can be without, and their dtypes."""
+WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Task types for which PEFT puts the head's possible names among the modules to save."""
 INCOMPLETE = "--allow-incomplete"
 
 
@@ -114,7 +116,9 @@ def check_beside(config: Pools, folder: Path) -> None:
         MixLoraError: as [`forms_in`] and [`check_tensors`].
     """
     if (file := own_file(folder, SAFETENSORS_WEIGHTS_NAME)) is not None:
-        check_tensors(config, {name: form for name, form in forms_in(file).items() if "mixlora_" in name}, file)
+        forms, saved = forms_in(file).items(), config.modules_to_save
+        own = {name: form for name, form in forms if "mixlora_" in name or is_beside_the_pools(name, "none", saved)}
+        check_tensors(config, own, file)
 
 
 def check_tensors(
@@ -160,6 +164,7 @@ def check_tensors(
             check_form(WORDS, found[WORDS], (None if word_width is None else word_width + 1,), ("F64",), place)
         else:
             missing.append(WORDS)
+    missing += [f"{module}.*" for module in _unsaved(config, found)]
     check_complete(missing, len(found) + len(missing), place)
 
 
@@ -233,6 +238,13 @@ def is_beside_the_pools(name: str, bias: str, modules_to_save: Iterable[str] | N
     """Whether an adapter's file may hold the tensor `name` of the base: a trained bias, or a module that it saves."""
     saved = any(f".{module}." in f".{name}" for module in modules_to_save or ())
     return saved or (bias != "none" and name.endswith(".bias"))
+
+
+def _unsaved(config: Pools, found: Iterable[str]) -> list[str]:
+    """The modules that an adapter is said to save, and does not."""
+    if getattr(config, "task_type", None) in WITH_A_HEAD:  # PEFT saves whichever of several names the head has
+        return []
+    return [module for module in config.modules_to_save or () if not any(f".{module}." in f".{name}" for name in found)]
 
 
 def _is_known(name: str, config: Pools, of_layers: Mapping[str, object], layers: Mapping[str, object] | None) -> bool:
