@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import MixLoraError
 from ..inputs import read_json
-from ..method.field_kinds import is_number, is_whole
+from ..method.field_kinds import is_number, is_place, is_whole
 from ..own_files import own_file
 from .config_file import config_of
 
@@ -158,7 +158,7 @@ def _problems(fields: dict[str, Any]) -> Iterator[str]:
         if value is not None and not (is_whole(value) and 1 <= value <= largest):
             yield f"{name}={repr(value)[:100]}, expected a whole number from 1 to {largest:,}"
     for name in ("mm_vision_tower", "mm_projector_type", "mm_vision_select_feature", "mm_patch_merge_type"):
-        if not isinstance(fields.get(name), (str, type(None))):
+        if not (fields.get(name) is None or (isinstance(fields[name], str) and is_place(fields[name]))):
             yield f"{name}={repr(fields[name])[:100]}, expected a name"
     for name in ("dtype", "torch_dtype"):
         if name in fields and not (fields[name] is None or DTYPE.fullmatch(str(fields[name]))):

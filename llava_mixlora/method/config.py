@@ -15,7 +15,7 @@ from ..errors import MixLoraError
 from ..inputs import read_json
 from ..limits import how_to_raise, limits
 from ..writing import follow_umask
-from .field_kinds import OF_ANY_ADAPTER, TRUTH, check_kinds, is_number, is_whole
+from .field_kinds import OF_ANY_ADAPTER, TASK_TYPE, TRUTH, check_kinds, is_number, is_whole
 from .model_card import TrainingRecord, write_card
 from .patterns import check_pattern
 from .registration import MIXLORA, PeftConfig
@@ -210,6 +210,7 @@ class MixLoraConfig(PeftConfig):
     """What the model card shall tell of the training; assigned to an instance, and no part of `adapter_config.json`."""
 
     def __post_init__(self) -> None:
+        check_kinds(vars(self), {"task_type": TASK_TYPE})
         super().__post_init__()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         self._choose_form(stored=self.peft_type is not None)

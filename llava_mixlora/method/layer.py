@@ -428,7 +428,7 @@ def _features(base_layer: nn.Module) -> tuple[int, int]:
     if type(base_layer).__name__ == "Conv1D" and weight is not None:  # transformers' transposed linear, as in GPT-2
         d_in, d_out = getattr(weight, "ds_shape", weight.shape)
         return d_in, d_out
-    raise TypeError(
+    raise MixLoraError(
         f"cannot adapt {type(base_layer).__name__}: expected a linear layer with in_features and out_features; "
         "narrow target_modules or add it to exclude_modules"
     )

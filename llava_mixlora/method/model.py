@@ -210,7 +210,12 @@ class MixLoraModel(OfLoraModels, BaseTuner):
         """Put an adapter's layers into the model, and what they need around them."""
         config = self.peft_config[adapter_name]
         all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-        result = super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            result = super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except MixLoraError:
+            raise
+        except ValueError as error:  # PEFT finds nothing to adapt
+            raise MixLoraError(f"adapter {adapter_name!r} does not fit {type(model).__name__}: {error}") from error
         if all_linear:
             _tell_of_towers(model, adapter_name)
         if config.router_input == "words":

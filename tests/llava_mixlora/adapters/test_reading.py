@@ -102,6 +102,11 @@ UNTRUE = {
         lambda f: change(f, **{"base_model.model.lm_head.weight": torch.zeros(320, 32)}),
         "holds lm_head.weight",
     ),
+    "a saved module is missing": (
+        lambda f: configure(f, modules_to_save=["embed_tokens"]),
+        "lacks embed_tokens.*",
+    ),
+    "no name of a tower": (lambda f: configure(f, "config.json", mm_vision_tower="x" * 300), "expected a name"),
     "random routing": (lambda f: configure(f, routing="random"), "mixlora_router_A"),
     "lora_alpha twice": (
         lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace("{", '{"lora_alpha": 1,', 1)),

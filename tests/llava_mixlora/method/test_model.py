@@ -379,13 +379,16 @@ def test_patterns_change_rank_and_alpha_of_the_layers_they_name(llama, reload, t
     )
 
 
-def test_target_that_matches_nothing_is_one_clear_error(llama):
-    with pytest.raises(ValueError, match="no_such_proj"):
-        get_peft_model(llama, config(target_modules=["no_such_proj"]))
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["no_such_proj"]}, {"exclude_modules": ".*"}, {"layers_to_transform": [9]}], ids=str
+)
+def test_target_that_matches_nothing_is_one_clear_error(llama, options):
+    with pytest.raises(MixLoraError, match="adapter 'default' does not fit LlamaForCausalLM: "):
+        get_peft_model(llama, config(**{"target_modules": ["q_proj"], **options}))
 
 
 def test_target_that_is_not_linear_is_one_clear_error(llama):
-    with pytest.raises(TypeError, match="cannot adapt LlamaRMSNorm"):
+    with pytest.raises(MixLoraError, match="cannot adapt LlamaRMSNorm"):
         get_peft_model(llama, config(target_modules=["input_layernorm"]))
 
 
