@@ -141,9 +141,14 @@ def _depth(content: Any) -> int:
     return depth
 
 
+def expanded(name: str | Path) -> Path:
+    """A path with the home that its ~ stands for; as it is where there is none, of which `Path` makes an error."""
+    return Path(os.path.expanduser(name))
+
+
 def check_model_path(flag: str, value: str | None) -> None:
     """Refuse a local path that does not exist; a hub name such as `lmsys/vicuna-7b-v1.5` passes."""
-    if value and (value.startswith((".", "/", "~")) or value.count("/") > 1) and not Path(value).expanduser().exists():
+    if value and (value.startswith((".", "/", "~")) or value.count("/") > 1) and not expanded(value).exists():
         raise MixLoraError(f"{flag} {value}: no such folder; expected a local model or a hub name like owner/name")
 
 

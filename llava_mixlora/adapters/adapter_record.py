@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from ..errors import MixLoraError
-from ..inputs import read_json
+from ..inputs import expanded, read_json
 from ..own_files import own_file
 from ..writing import write_whole
 from .config_file import config_file
@@ -89,7 +89,7 @@ class AdapterRecord:
 
 def known_model(model: str, cache_dir: str | None = None) -> KnownModel:
     """A folder or hub name as a record tells it."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     file = config_file(model, cache_dir)
     # .../snapshots/COMMIT/config.json, as the hub's cache lays files out
     revision = file.parent.name if file is not None and file.parent.parent.name == "snapshots" else None
@@ -131,7 +131,7 @@ def read_record(model: str | Path, cache_dir: str | None = None) -> AdapterRecor
 
 
 def _record_file(model: str, cache_dir: str | None) -> Path | None:
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if folder.is_dir():
         return own_file(folder, RECORD)
     if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, cached_file
 
-from ..inputs import read_json
+from ..inputs import expanded, read_json
 
 
 def config_file(model: str, cache_dir: str | None = None) -> Path | None:
@@ -15,7 +15,7 @@ def config_file(model: str, cache_dir: str | None = None) -> Path | None:
 
     What has been downloaded before is taken as it is; else it is downloaded, which loading the model would do next.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if folder.is_dir():
         return folder / CONFIG_NAME if (folder / CONFIG_NAME).is_file() else None
     return hub_file(model, CONFIG_NAME, cache_dir)
@@ -48,5 +48,5 @@ def config_of(model: str | None, cache_dir: str | None = None) -> dict[str, Any]
 
 def absolute(model: str) -> str:
     """A folder's name that holds in every working directory; a hub name as it is."""
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     return str(folder.absolute()) if folder.is_dir() else model

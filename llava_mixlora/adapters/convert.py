@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import MixLoraError
-from ..inputs import read_json
+from ..inputs import expanded, read_json
 from ..limits import limits
 from ..method.config import MixLoraConfig
 from ..method.field_kinds import is_number, is_whole
@@ -313,7 +313,7 @@ def _trained_beside(
 
 def _check_tower(rest: Mapping[str, str], stored: StoredWeights, tower: str | None) -> None:
     """Compare with the vision tower where that is a folder here; LLaVA loads it from there, not from the adapter."""
-    folder = Path(tower or "").expanduser()
+    folder = expanded(tower or "")
     if not tower or not folder.is_dir():
         return
     original = StoredWeights(folder)

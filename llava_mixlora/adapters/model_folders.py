@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import MixLoraError
 from ..folder_lock import lock_file
+from ..inputs import expanded
 from ..writing import writing
 
 
@@ -19,7 +20,7 @@ def base_folder(model_base: str) -> Path:
     Raises:
         MixLoraError: there is no such folder, or the download fails.
     """
-    folder = Path(model_base).expanduser()
+    folder = expanded(model_base)
     if folder.is_dir():
         return folder
     if model_base.startswith((".", "/", "~")) or model_base.count("/") != 1:

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME
 
 from ..errors import MixLoraError
+from ..inputs import expanded
 from .adapter_folder import read_fields
 from .config_file import config_file, hub_file
 
@@ -83,13 +84,13 @@ def looks_like_folder(name: str) -> bool:
 
 
 def _typed(name: str, flag: str) -> str:
-    if looks_like_folder(name) and not Path(name).expanduser().exists():
+    if looks_like_folder(name) and not expanded(name).exists():
         raise MixLoraError(f"{flag} {name}: no such folder; expected a model or a hub name like owner/name")
     return name
 
 
 def _recorded(name: str, beside: list[Path], what: str, flag: str) -> str:
-    place = Path(name).expanduser()
+    place = expanded(name)
     found = next(filter(Path.is_dir, [place] if place.is_absolute() else _candidates(place, beside)), None)
     if found is not None:
         return str(found)

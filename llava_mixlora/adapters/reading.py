@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import MixLoraError
+from ..inputs import expanded
 from ..method.patterns import check_pattern
 from ..method.registration import MIXLORA
 from ..method.stored_tensors import (
@@ -178,7 +179,7 @@ def _weights(folder: Path) -> Path:
 def _config_of_base(base: str | None) -> dict[str, Any] | None:
     if base is None:
         return None
-    place = Path(base).expanduser()
+    place = expanded(base)
     if place.is_dir() and config_file(base) is None:
         raise MixLoraError(f"base model {base}: it has no config.json; expected the folder of a model")
     return config_of(base)

@@ -26,7 +26,7 @@ from transformers import (
 
 from ..adapters.llava_config import as_data
 from ..errors import MixLoraError
-from ..inputs import check_model_path, read_json
+from ..inputs import check_model_path, expanded, read_json
 from ..method.config import MixLoraConfig
 from ..method.tensor_names import FURTHER, KINDS
 from .step_memory import MEASURED_LAYERS, QuantizedLinear, TrainedLlava, peak_of_encoding, peak_of_step
@@ -353,7 +353,7 @@ def _cell(stage: str, model: TrainedLlava, plain: Components, settings: RunSetti
 
 def _read_config(source: str) -> dict[str, Any]:
     check_model_path("--estimate", source)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         path = path / "config.json"
     elif not path.exists() and path.suffix != ".json":
@@ -381,7 +381,7 @@ def _read_tower(name: str | None, notes: list[str]) -> CLIPVisionConfig | None:
     try:
         config = CLIPVisionConfig.from_pretrained(name)
     except Exception as error:  # as above
-        if Path(name).expanduser().exists():
+        if expanded(name).exists():
             reason = " ".join(str(error).split())
             raise MixLoraError(f"--vision-tower {name}: not the folder of a CLIP model ({reason})") from error
         notes.append(f"vision tower {name} cannot be read: assuming the sizes of {CLIP_LARGE_336}")

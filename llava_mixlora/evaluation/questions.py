@@ -18,7 +18,7 @@ from typing import Any
 
 from ..data.conversations import read_conversations
 from ..errors import MixLoraError
-from ..inputs import check_regular, text_lines
+from ..inputs import check_regular, expanded, text_lines
 from ..limits import how_to_raise, limits
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png")
@@ -67,7 +67,7 @@ def read_questions(
         MixLoraError: the source is missing, empty or of another form; a task is not in it; a question has no image, or
             one that is not there; two questions have the same id.
     """
-    source = Path(source).expanduser()
+    source = expanded(source)
     questions = _chosen(list(_read(source, image_folder)), source, tasks, limit)
     if not questions:
         raise MixLoraError(f"{source} holds no questions; {EXPECTED}")

@@ -40,7 +40,7 @@ from ..adapters.model_places import base_model_of
 from ..adapters.reading import read
 from ..adapters.stored_weights import weight_files
 from ..errors import MixLoraError
-from ..inputs import read_json
+from ..inputs import expanded, read_json
 from ..method.config import MixLoraConfig
 from ..method.model import ADAPTER, MixLoraModel
 from ..method.tensor_names import STATISTICS
@@ -114,7 +114,7 @@ def check_is_no_adapter(flags: Mapping[str, str]) -> None:
         MixLoraError: names the flag that adapters are given with.
     """
     model = flags.get("model_name_or_path")
-    file = Path(model or "").expanduser() / CONFIG_NAME
+    file = expanded(model or "") / CONFIG_NAME
     if not model or not file.is_file() or any(_weight_files(file.parent)):
         return
     kind, base = (read_json(file).get(name) for name in ("peft_type", "base_model_name_or_path"))
@@ -210,7 +210,7 @@ def _check_flags(given: Mapping[str, str], folder: str) -> None:
         raise MixLoraError(
             f"--{INIT_FROM} {folder} makes a MixLoRA adapter; add --mixlora_enable True, or leave it out"
         )
-    place, output = Path(folder).expanduser(), given.get("output_dir")
+    place, output = expanded(folder), given.get("output_dir")
     place = place.resolve()
     made_by = (place, place.parent) if place.name.startswith(PREFIX_CHECKPOINT_DIR) else (place,)
     if output is not None and Path(output).resolve() in made_by:
@@ -291,7 +291,7 @@ def _check_projector(given: Mapping[str, str], folder: str, kind: str, base: str
             f"--{INIT_FROM} {folder}: of a plain LoRA only the projector goes on, and it has none in "
             f"{NON_LORA_TRAINABLES}; leave --{INIT_FROM} out"
         )
-    file = Path(base).expanduser() / "config.json"
+    file = expanded(base) / "config.json"
     if file.is_file() and not read_json(file).get("mm_projector_type") and "pretrain_mm_mlp_adapter" not in given:
         raise MixLoraError(
             f"--{INIT_FROM} {folder} has no projector in {NON_LORA_TRAINABLES}, nor has its base {base}; add "
@@ -324,7 +324,7 @@ def _base(given: str | None, recorded: str | None, folder: str) -> str:
     """
     if given is None:
         return base_model_of(folder, flag="--model_name_or_path")
-    why = _why_another_base(Path(given).expanduser(), recorded, Path(folder))
+    why = _why_another_base(expanded(given), recorded, Path(folder))
     if why is not None:
         raise MixLoraError(
             f"--model_name_or_path {given}: --{INIT_FROM} {folder} was trained on {recorded}, and {why}; leave "
@@ -342,7 +342,7 @@ def _why_another_base(given: Path, recorded: str | None, adapter: Path) -> str |
     found = fingerprint(str(given)) if on_record is not None else None
     if found is not None:
         return ", ".join(found.differences(on_record)) or None
-    known = Path(recorded).expanduser()
+    known = expanded(recorded)
     if known.is_dir() and given.is_dir():
         if known.samefile(given) or _ends_of_weights(known) == _ends_of_weights(given):
             return None

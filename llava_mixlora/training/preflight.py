@@ -12,7 +12,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from ..adapters.llava_config import check_names_no_code
 from ..errors import MixLoraError
-from ..inputs import check_model_path, check_writable, read_json
+from ..inputs import check_model_path, check_writable, expanded, read_json
 from ..shipped import shipped
 from .continuing import check_is_no_adapter
 from .given_flags import given_flags, is_true, trains_adapter
@@ -113,7 +113,7 @@ def check_architecture(model: str | None) -> None:
     """
     if not model:
         return
-    file = Path(model).expanduser() / "config.json"
+    file = expanded(model) / "config.json"
     kind = read_json(file).get("model_type") if file.is_file() else None
     if kind in ("mpt", "llava_mpt"):
         raise MixLoraError(

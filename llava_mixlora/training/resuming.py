@@ -24,7 +24,7 @@ from ..adapters.fingerprints import weights_fingerprint
 from ..adapters.pickles import refuse_code
 from ..adapters.reading import read
 from ..errors import MixLoraError
-from ..inputs import read_json
+from ..inputs import expanded, read_json
 from ..method.config import MixLoraConfig
 from .checkpoint import RUN, TRAINER_STATE, checkpoints, files_of, sha256_of, verify
 
@@ -208,9 +208,9 @@ def _fingerprint(samples: Iterable[Mapping[str, Any]]) -> tuple[int, str]:
 
 def _content(path: Any) -> str | None:
     """A checksum of a file; of a model's folder, that of its configuration and of its weights' fingerprint."""
-    if not isinstance(path, str) or not Path(path).expanduser().exists():
+    if not isinstance(path, str) or not expanded(path).exists():
         return None
-    place = Path(path).expanduser()
+    place = expanded(path)
     if place.is_file():
         return sha256_of(place)
     digest = hashlib.sha256()

@@ -1,15 +1,20 @@
 """What users give is read, or named in one line."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from llava_mixlora.inputs import check_writable, read_json
+from llava_mixlora.inputs import check_writable, expanded, read_json
 from llava_mixlora.limits import VARIABLE
 
 from ..tiny import message_of
 
 pytestmark = pytest.mark.one_stack
+
+
+def test_home_that_nobody_has_is_a_folder_that_is_not_there():
+    assert expanded("~/x") == Path.home() / "x" and not expanded("~nobody-is-called-so/x").exists()
 
 
 def test_output_folder_in_use_is_kept(tmp_path):
