@@ -244,7 +244,8 @@ def _unsaved(config: Pools, found: Iterable[str]) -> list[str]:
     """The modules that an adapter is said to save, and does not."""
     if getattr(config, "task_type", None) in WITH_A_HEAD:  # PEFT saves whichever of several names the head has
         return []
-    return [module for module in config.modules_to_save or () if not any(f".{module}." in f".{name}" for name in found)]
+    saved = [f".{name}" for name in found if PART not in name]
+    return [module for module in config.modules_to_save or () if not any(f".{module}." in name for name in saved)]
 
 
 def _is_known(name: str, config: Pools, of_layers: Mapping[str, object], layers: Mapping[str, object] | None) -> bool:

@@ -106,6 +106,7 @@ UNTRUE = {
         lambda f: configure(f, modules_to_save=["embed_tokens"]),
         "lacks embed_tokens.*",
     ),
+    "a saved module is an adapted layer": (lambda f: configure(f, modules_to_save=["q_proj"]), "lacks q_proj.*"),
     "no name of a tower": (lambda f: configure(f, "config.json", mm_vision_tower="x" * 300), "expected a name"),
     "random routing": (lambda f: configure(f, routing="random"), "mixlora_router_A"),
     "lora_alpha twice": (
