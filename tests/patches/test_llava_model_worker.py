@@ -7,9 +7,10 @@ import time
 
 import pytest
 from fastapi import BackgroundTasks
-from llava_mixlora.limits import VARIABLE
 from llava_mixlora.patches.llava_model_worker import PATCHES, AnswerStream
 from transformers import AutoTokenizer, TextIteratorStreamer
+
+from llava_mixlora.limits import VARIABLE
 
 from ..tiny import random_ids
 
