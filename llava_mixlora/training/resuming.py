@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers.trainer_callback import TrainerState
 
 from ..adapters.adapter_folder import NON_LORA_TRAINABLES, is_mixlora_adapter, read_config, read_fields
 from ..adapters.fingerprints import weights_fingerprint
@@ -58,6 +59,15 @@ OF_THE_ADAPTER = re.compile(f"(?:mixlora|lora)_({'|'.join(field.name for field i
 UNPICKLED = ("optimizer*", "scheduler*", "rng_state*", "scaler*", "*.pt", "*.pth")
 """Files, as patterns, that are unpickled when a run goes on: by DeepSpeed, and by Trainer before PyTorch 2.6, with all
 that is in them."""
+OF_STATE = {
+    **dict.fromkeys(("global_step", "max_steps"), int),
+    **dict.fromkeys(("epoch", "num_train_epochs", "total_flos"), (int, float, type(None))),
+    "log_history": list,
+    "stateful_callbacks": (dict, type(None)),
+    "best_model_checkpoint": (str, type(None)),
+    "best_metric": (int, float, type(None)),
+}
+"""Fields of a `TrainerState` that a run goes on from, and their types."""
 SHOWN = 200  # letters of a value
 WAY_OUT = "use the flags and data that it was trained with to go on, or choose another --output_dir"
 NEW_DATA = f"{WAY_OUT} (--mixlora_init_from {{}} starts from its weights)"
@@ -157,7 +167,7 @@ def check_usable(checkpoint: Path) -> None:
     for file in files_of(checkpoint):
         if any(fnmatch(file.name, pattern) for pattern in UNPICKLED):
             refuse_code(file)
-    read_json(checkpoint / TRAINER_STATE, only_numbers=False)
+    _check_state(checkpoint / TRAINER_STATE)
     read(checkpoint)
 
 
@@ -192,6 +202,23 @@ def is_written(output_dir: str | Path, checkpoint: Path) -> bool:
     except (MixLoraError, KeyError):
         return False
     return times == sorted(times) and steps[0] == steps[1]
+
+
+def _check_state(file: Path) -> None:
+    """Refuse a Trainer's state that a Trainer would not load, or could not count on from.
+
+    Raises:
+        MixLoraError: names the field.
+    """
+    state = read_json(file, only_numbers=False)
+    for name, value in state.items():
+        kind = OF_STATE.get(name, object)
+        if name not in TrainerState.__dataclass_fields__:
+            raise MixLoraError(
+                f"{file}: {name[:100]!r} is no field of a Trainer's state here; was it written elsewhere?"
+            )
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise MixLoraError(f"{file} is damaged: {name}={repr(value)[:100]}; use an earlier checkpoint")
 
 
 def _fingerprint(samples: Iterable[Mapping[str, Any]]) -> tuple[int, str]:

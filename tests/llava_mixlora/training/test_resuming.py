@@ -300,6 +300,12 @@ def test_whole_checkpoint_is_usable(whole):
     check_usable(whole)
 
 
+@pytest.mark.parametrize("state", [{"x": 1}, {"global_step": "3"}, {"log_history": 3}, {"max_steps": None}], ids=str)
+def test_state_that_no_trainer_could_load_is_not_gone_on_from(whole, state):
+    (whole / checkpoint.TRAINER_STATE).write_text(json.dumps(state))
+    assert next(iter(state)) in message_of(check_usable, whole)
+
+
 class Code:
     def __reduce__(self):
         return os.system, ("false",)
