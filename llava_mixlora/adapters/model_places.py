@@ -69,7 +69,7 @@ def adapter_of(model: str) -> str:
     Raises:
         MixLoraError: the adapter cannot be had.
     """
-    if Path(model).expanduser().exists() or hub_file(model, CONFIG_NAME) is None:
+    if expanded(model).exists() or hub_file(model, CONFIG_NAME) is None:
         return model
     try:
         return snapshot_download(model, allow_patterns=OF_ADAPTER)

@@ -144,7 +144,7 @@ def read_any_config(folder: str | Path) -> Any:
         if kind == LORA and not (type(fields.get("r")) is int and 1 <= fields["r"] <= LARGEST_RANK):
             raise MixLoraError(f"r={repr(fields.get('r'))[:100]}: expected a whole number of at least 1")
         if kind is None:
-            raise KeyError("none")
+            raise MixLoraError("peft_type=None: expected the type of an adapter; copy it again")
         taken = {name: value for name, value in fields.items() if name in OF_LORA} if kind == LORA else fields
         return PeftConfig.from_peft_type(**taken)
     except MixLoraError as error:
