@@ -53,9 +53,8 @@ def test_interrupted_import_is_one_line(words):
 
 @pytest.mark.slow
 def test_interrupted_script_ends_as_python_ends_it(tmp_path):
-    (tmp_path / "script.py").write_text(
-        SCRIPT.replace("time.sleep(60)", "try:\n  time.sleep(60)\nfinally:\n  print('tidied')")
-    )
+    body = SCRIPT.replace("import sys, time\n", "").replace("\n", "\n  ").rstrip()
+    (tmp_path / "script.py").write_text(f"import sys, time\ntry:\n  {body}\nfinally:\n  print('tidied')\n")
     process = start(*MODULE, "run", str(tmp_path / "script.py"))
     assert process.stdout.readline() == "working\n"
     process.send_signal(signal.SIGINT)

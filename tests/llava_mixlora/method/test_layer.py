@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from llava_mixlora import MixLoraError
 from llava_mixlora.method.forward_passes import attach, use_scope
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 from llava_mixlora.method.routing_scope import RoutingScope
@@ -315,7 +316,7 @@ def test_transposed_linear_of_gpt2_is_adapted():
 
 @pytest.mark.parametrize("module", [nn.Embedding(4, 4), nn.LayerNorm(4), nn.Conv2d(1, 1, 1)])
 def test_module_that_is_not_linear_is_refused(module):
-    with pytest.raises(TypeError, match=type(module).__name__):
+    with pytest.raises(MixLoraError, match=type(module).__name__):
         adapt(module)
 
 
