@@ -9,4 +9,9 @@ class MixLoraError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(each if each.isprintable() else repr(each)[1:-1] for each in message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """One line, whose letters that cannot be shown, as a line's end or half of a character, are told by their code."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -101,15 +101,18 @@ def clip_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    """A sentencepiece Llama tokenizer that knows its bytes and few words, and takes text as it stands, as Llama's."""
-    as_it_stands = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-    return _train_tokenizer(tmp_path_factory.mktemp("tokenizer"), **as_it_stands)
+    """A sentencepiece Llama tokenizer that knows its bytes and few words.
+
+    Before transformers 5 it drops spaces at the end of a text, as sentencepiece does unless it is told.
+    """
+    return _train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
-def tidying_tokenizer_folder(tmp_path_factory):
-    """One that drops spaces at the end of a text, as sentencepiece does unless it is told (before transformers 5)."""
-    return _train_tokenizer(tmp_path_factory.mktemp("tidying_tokenizer"))
+def exact_tokenizer_folder(tmp_path_factory):
+    """One that takes text as it stands, as Llama's own does."""
+    as_it_stands = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return _train_tokenizer(tmp_path_factory.mktemp("exact_tokenizer"), **as_it_stands)
 
 
 def _train_tokenizer(folder, **normalization):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import MixLoraError
+from ..errors import MixLoraError, printable
 from ..inputs import read_json
 from ..method.field_kinds import is_number, is_place, is_whole
 from ..own_files import own_file
@@ -107,7 +107,8 @@ def llava_config(folder: str | Path) -> Any:
     kept = {name: value for name, value in fields.items() if name in known or OF_LLAVA.fullmatch(name)}
     if dropped := sorted(set(fields) - set(kept) - {"model_type"}):
         shown = ", ".join(dropped[:3]) + (f" and {len(dropped) - 3} others" if len(dropped) > 3 else "")
-        print(f"note: {file} has fields that {config_class.__name__} does not know: {shown:.300}", file=sys.stderr)
+        note = f"note: {file} has fields that {config_class.__name__} does not know: {shown:.300}"
+        print(printable(note), file=sys.stderr)
     try:
         return config_class.from_dict(kept)
     except Exception as error:  # each version of transformers has its own checks

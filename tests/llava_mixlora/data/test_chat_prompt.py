@@ -21,8 +21,8 @@ def tokenizer(patched, tokenizer_folder):
 
 
 @pytest.fixture(scope="module")
-def tidying_tokenizer(patched, tidying_tokenizer_folder):
-    return read(tidying_tokenizer_folder)
+def exact_tokenizer(patched, exact_tokenizer_folder):
+    return read(exact_tokenizer_folder)
 
 
 def prompt_of(template, *turns):
@@ -40,7 +40,7 @@ def texts(prompt):
 
 
 @pytest.mark.parametrize("template", ["v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct"])
-@pytest.mark.parametrize("read_by", ["tokenizer", "tidying_tokenizer"])
+@pytest.mark.parametrize("read_by", ["tokenizer", "exact_tokenizer"])
 def test_answered_tokens_are_those_that_training_supervises(patched, request, monkeypatch, template, read_by):
     from llava import conversation
     from llava.train import train

@@ -244,7 +244,7 @@ def test_disabled_adapter_is_the_base_bit_for_bit(_llama, llama):
 
 def test_disabling_an_adapter_that_trains_biases_warns(llama):
     model = get_peft_model(llama, config(bias="all"))
-    with pytest.warns(UserWarning, match="bias configured to be 'all'"), model.disable_adapter():
+    with pytest.warns(UserWarning, match="bias.*'all'"), model.disable_adapter():
         pass
 
 

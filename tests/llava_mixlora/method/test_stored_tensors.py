@@ -124,8 +124,10 @@ def test_layer_that_the_model_has_not_is_unknown(saved, llama):
 
 def test_missing_tensors_can_be_meant(saved, llama):
     change(saved, **{f"{Q}.mixlora_router_A": None})
-    with allowing_incomplete(), pytest.warns(UserWarning, match="missing"):
-        PeftModel.from_pretrained(llama, str(saved))
+    with allowing_incomplete():
+        model = PeftModel.from_pretrained(llama, str(saved))  # of which PEFT warns, but not the oldest
+    loaded, stored = model.state_dict(), load_file(saved / WEIGHTS)
+    assert torch.equal(loaded[f"{Q}.mixlora_A.default"], stored[f"{Q}.mixlora_A"])
 
 
 def test_statistics_may_be_missing_but_not_the_centre_of_words(saved_with_words, llama):
