@@ -296,6 +296,9 @@ def test_chat_keeps_its_answers(chat):
         history.messages[-1][-1] = turn["outputs"]
 
 
+# Before transformers 5 the tests' tokenizer drops a space at a text's end, which Llama's does not. LLaVA's labels then
+# begin with the colon that an answer follows: of the open answer, too, where generation cannot know of it.
+@pytest.mark.one_stack
 def test_later_turn_is_answered_as_a_fresh_prompt_whose_last_question_is_routed_as_in_training(chat, answer):
     turns, as_one_question = [], []
     for question, turn in zip(CHAT, chat, strict=True):
