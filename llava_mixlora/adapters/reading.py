@@ -162,7 +162,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield from read_state_dict(file).items()
         return
     with safe_open(str(file), framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118
+        for name in stored.keys():  # noqa: SIM118 - it is no dictionary
             yield name, stored.get_tensor(name)
 
 

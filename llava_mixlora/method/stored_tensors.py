@@ -92,7 +92,7 @@ def forms_in(file: Path) -> dict[str, Form]:
     """
     try:
         with safe_open(str(file), framework="pt") as stored:
-            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+            slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 - no dictionary
             return {name: Form(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
