@@ -29,6 +29,7 @@ COMMANDS = {
     "patches": ("diagnosis.patch_table:add_patches", "list what is changed in upstream programs at run time, and why"),
     "merge": ("merging.merge:add_merge", "merge an adapter into its base: one checkpoint that needs no plugin"),
     "export-lora": ("merging.merge:add_export_lora", "turn an adapter into a plain LoRA of PEFT"),
+    "export-hf": ("native.export:add_export_hf", "write a LLaVA and its adapter as transformers' own LLaVA"),
     "eval": ("evaluation.evaluate:add_eval", "answer the questions of a benchmark, and score the answers"),
     "interference": (
         "analysis.interference:add_interference",

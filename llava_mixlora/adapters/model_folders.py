@@ -14,8 +14,8 @@ from ..inputs import expanded
 from ..writing import writing
 
 
-def base_folder(model_base: str) -> Path:
-    """The folder of a base model, downloaded when `model_base` is a hub name.
+def base_folder(model_base: str, flag: str = "--model-base") -> Path:
+    """The folder of a base model, or a tower, downloaded when `model_base`, given as `flag`, is a hub name.
 
     Raises:
         MixLoraError: there is no such folder, or the download fails.
@@ -24,14 +24,14 @@ def base_folder(model_base: str) -> Path:
     if folder.is_dir():
         return folder
     if model_base.startswith((".", "/", "~")) or model_base.count("/") != 1:
-        raise MixLoraError(f"--model-base {model_base}: no such folder; expected a model or a hub name like owner/name")
+        raise MixLoraError(f"{flag} {model_base}: no such folder; expected a model or a hub name like owner/name")
     from huggingface_hub import snapshot_download  # from here on it takes a network
 
     try:
         return Path(snapshot_download(model_base, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"]))
     except Exception as error:  # offline, no such repository, no access: each has its own class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MixLoraError(f"--model-base {model_base} cannot be downloaded ({reason}); pass its folder") from error
+        raise MixLoraError(f"{flag} {model_base} cannot be downloaded ({reason}); pass its folder") from error
 
 
 def check_output(flag: str, output: Path) -> None:

@@ -17,7 +17,6 @@ from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
@@ -33,6 +32,7 @@ from ..adapters.loader_names import misleading
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
 from ..adapters.model_places import base_model_of
+from ..adapters.shards import write_shards
 from ..adapters.stored_weights import StoredWeights, weight_files
 from ..data.kept_calibration import KEPT, SAMPLES
 from ..errors import MixLoraError
@@ -49,7 +49,6 @@ from .stand_in import METHODS, TEMPLATE, source_of_kept, static_updates
 from .static_adapter import SavedAdapter, StaticUpdates
 
 FLAG = "--save-model-path"
-SHARD_SIZE = 2 << 30  # bytes
 MADE_FROM = (
     f"It is made from {KEPT}, the samples that the run has kept beside the adapter, or from --calibration DATA; where "
     "there are neither, from the statistics of training."
@@ -294,7 +293,7 @@ def write_merged(
             copy_own(adapter.folder, name, folder)
         elif (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    _write_shards(_merged_tensors(stored, updates, {**replaced, **added}), folder)
+    write_shards(_merged_tensors(stored, updates, {**replaced, **added}), folder)
     record_of_merged(adapter.folder, str(base)).save(folder)
 
 
@@ -367,34 +366,3 @@ def _merged_tensors(
     for name, tensor in trained.items():
         if name not in stored:
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    shards: list[list[str]] = []
-    total = 0
-
-    def write(shard: dict[str, Tensor]) -> None:
-        shards.append(list(shard))
-        save_tensors(shard, folder / f"shard-{len(shards)}")
-
-    shard: dict[str, Tensor] = {}
-    filled = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if shard and filled + size > SHARD_SIZE:
-            write(shard)
-            shard, filled = {}, 0
-        shard[name] = tensor.clone(memory_format=torch.contiguous_format)  # apart from a storage that others share
-        filled += size
-        total += size
-    write(shard)
-    if len(shards) == 1:
-        (folder / "shard-1").rename(folder / SAFE_WEIGHTS_NAME)
-        return
-    places = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        places.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,102 @@
+"""LLaVA's conversation templates in Jinja, as processors and servers take them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..errors import MixLoraError
+
+IMAGE = "<image>"
+"""What stands for an image in a text, in LLaVA (`llava.constants.DEFAULT_IMAGE_TOKEN`) and in transformers' processor."""
+
+_TURN = """\
+{%- set spoken = namespace(text='') -%}
+{%- if message['content'] is string -%}
+{%- set spoken.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{%- set spoken.text = spoken.text + IMAGE -%}{%- endif -%}
+{%- endfor -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'text' -%}{%- set spoken.text = spoken.text + part['text'] -%}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+"""
+"""`spoken.text`: what a message says, its images first, each in a line of its own, as LLaVA's training puts them."""
+
+_SYSTEM = """\
+{%- set system = SYSTEM -%}
+{%- set turns = messages -%}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set turns = messages[1:] -%}
+{%- set message = messages[0] -%}
+@TURN@{%- set system = spoken.text -%}
+{%- endif -%}
+"""
+
+_SPOKEN = """\
+@SYSTEM@{{- system + SEPARATOR -}}
+{%- for message in turns -%}
+@TURN@{%- if message['role'] == 'user' -%}
+{{- ASKER + spoken.text + SEPARATOR -}}
+{%- else -%}
+{{- ANSWERER + spoken.text + END -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- OPEN -}}{%- endif -%}
+"""
+
+_LLAMA_2 = """\
+@SYSTEM@{%- set begun = namespace(separator='', system=system) -%}
+{%- for message in turns -%}
+@TURN@{%- if message['role'] == 'user' -%}
+{%- if begun.system -%}
+{%- set spoken.text = '<<SYS>>\\n' + begun.system + '\\n<</SYS>>\\n\\n' + spoken.text -%}
+{%- endif -%}
+{{- begun.separator + '[INST] ' + spoken.text + ' [/INST]' -}}
+{%- set begun.separator = SEPARATOR -%}
+{%- set begun.system = '' -%}
+{%- else -%}
+{{- ' ' + spoken.text + ' ' + END -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def chat_template(template: Any, image: str = IMAGE) -> str:
+    """A conversation template of LLaVA in Jinja.
+
+    Args:
+        template: a `llava.conversation.Conversation`, of which the texts are taken, and no message.
+        image: what stands for an image, such as `<im_start><image><im_end>`.
+
+    Returns:
+        A chat template. A system message takes the place of LLaVA's; what the tokenizer puts before a text (Llama's
+        `<s>`) is not in it.
+
+    Raises:
+        MixLoraError: the template has no questions and answers (`plain`), or shows images in a turn of their own.
+    """
+    style = template.sep_style.name
+    if "mmtag" in template.version or style == "PLAIN":
+        raise MixLoraError(
+            f"the conversation template {template.version!r} cannot be a chat template: it has no place for an image "
+            "in a question; say another with --version"
+        )
+    asker, answerer = template.roles
+    colon = "" if style == "MPT" else ":"
+    space = " " if colon else ""
+    values = {
+        "SYSTEM": template.system,
+        "SEPARATOR": template.sep,
+        "END": template.sep2 if style in ("TWO", "LLAMA_2") else template.sep,
+        "ASKER": f"{asker}{colon}{space}",
+        "ANSWERER": f"{answerer}{colon}{space}",
+        "OPEN": f"{answerer}{colon}",
+        "IMAGE": f"{image}\n",
+    }
+    body = _LLAMA_2 if style == "LLAMA_2" else _SPOKEN
+    body = body.replace("@SYSTEM@", _SYSTEM).replace("@TURN@", _TURN)
+    used = (f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}" for name, text in values.items())
+    return "\n".join([*used, body])

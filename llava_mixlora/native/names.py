@@ -1,0 +1,84 @@
+"""What modules and tensors of upstream's LLaVA are called in transformers' own.
+
+    upstream's LLaVA                           in the model (transformers 4.52 and newer)    in its checkpoint
+    model.layers.0.mlp.up_proj                 model.language_model.layers.0.mlp.up_proj     language_model.model.layers...
+    lm_head                                    lm_head                                       language_model.lm_head
+    model.mm_projector.0 (and .2)              model.multi_modal_projector.linear_1 (_2)     multi_modal_projector.linear_1
+    model.vision_tower.vision_tower.(...)      model.vision_tower.(...)                      vision_tower.vision_model.(...)
+
+Checkpoints keep the names of transformers 4.36, which every version since and vLLM read; adapters are stored under the
+names that the model has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+PROJECTOR = {"0": "linear_1", "2": "linear_2"}
+"""The linear layers of upstream's projector, by their places in it, and transformers' names for them."""
+OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+NATIVE_LAYER = re.compile(r"model\.language_model\.layers\.\d+\..+")
+_NATIVE = re.compile(r"model\.(language_model|multi_modal_projector|vision_tower)\.(.+)")
+_LAYERS_OF_PATTERN = re.compile(r"\bmodel(\\?\.)layers\b")
+_NATIVE_LAYERS_OF_PATTERN = re.compile(r"\bmodel(\\?\.)language_model\\?\.layers\b")
+
+
+def native_name(name: str) -> str:
+    """Of a module or parameter of upstream's LLaVA, the name that it has in transformers' class."""
+    if match := re.fullmatch(r"model\.mm_projector\.(\d)\.(.+)", name):
+        return f"model.multi_modal_projector.{PROJECTOR[match[1]]}.{match[2]}"
+    if match := re.fullmatch(r"model\.mm_projector\.(weight|bias)", name):  # of one layer
+        return f"model.multi_modal_projector.linear_1.{match[1]}"
+    return re.sub(r"^model\.(?!vision_tower\.)", "model.language_model.", name)
+
+
+def upstream_name(name: str) -> str:
+    """The other way: of a module or parameter of transformers' class, the name that upstream's LLaVA has for it."""
+    match = _NATIVE.fullmatch(name)
+    if match is None or match[1] == "vision_tower":
+        return name
+    if match[1] == "language_model":
+        return f"model.{match[2]}"
+    layer, _, rest = match[2].partition(".")
+    place = next((number for number, native in PROJECTOR.items() if native == layer), layer)
+    return f"model.mm_projector.{place}.{rest}"
+
+
+def stored_name(name: str) -> str:
+    """Of a name that the model has, the one that its checkpoint has."""
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    inner = name.removeprefix("model.")
+    if inner.startswith("language_model."):
+        return inner.replace("language_model.", "language_model.model.", 1)
+    return inner.replace("vision_tower.", "vision_tower.vision_model.", 1)
+
+
+def native_pattern(pattern: str) -> str:
+    """A pattern of upstream's layers, as `rank_pattern` has them, for transformers' class."""
+    return _LAYERS_OF_PATTERN.sub(r"model\1language_model\1layers", pattern)
+
+
+def upstream_pattern(pattern: str) -> str:
+    """The other way."""
+    return _NATIVE_LAYERS_OF_PATTERN.sub(r"model\1layers", pattern)
+
+
+def targets_of(layers: Iterable[str]) -> str | list[str]:
+    """`target_modules` that name exactly these layers of upstream's, in transformers' class: one expression, if it can.
+
+    `layers`: as upstream's LLaVA calls them.
+    """
+    layers = sorted(layers)
+    matches = [OF_LAYER.fullmatch(layer) for layer in layers]
+    if not all(matches):
+        return [native_name(layer) for layer in layers]
+    numbers, kinds = ({match[group] for match in matches} for group in (1, 2))
+    if len(layers) != len(numbers) * len(kinds):
+        return [native_name(layer) for layer in layers]
+    return rf"model\.language_model\.layers\.({_either(numbers)})\.({_either(kinds)})"
+
+
+def _either(parts: Iterable[str]) -> str:
+    return "|".join(re.escape(part) for part in sorted(parts, key=lambda part: (len(part), part)))
