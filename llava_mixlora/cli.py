@@ -30,6 +30,10 @@ COMMANDS = {
     "merge": ("merging.merge:add_merge", "merge an adapter into its base: one checkpoint that needs no plugin"),
     "export-lora": ("merging.merge:add_export_lora", "turn an adapter into a plain LoRA of PEFT"),
     "export-hf": ("native.export:add_export_hf", "write a LLaVA and its adapter as transformers' own LLaVA"),
+    "import-hf": (
+        "native.import_hf:add_import_hf",
+        "turn an adapter of transformers' own LLaVA into one of upstream's",
+    ),
     "eval": ("evaluation.evaluate:add_eval", "answer the questions of a benchmark, and score the answers"),
     "interference": (
         "analysis.interference:add_interference",

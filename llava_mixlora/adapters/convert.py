@@ -42,7 +42,7 @@ from .adapter_record import AdapterRecord, known_model
 from .llava_card import llava_record
 from .model_folders import base_folder, check_output, new_folder
 from .pickles import refuse_code
-from .stored_weights import StoredWeights
+from .stored_weights import StoredWeights, equal_but_for_rounding
 
 ROUTINGS_BY_CONDITION = {"input": "ifs", "input_lora_a_param": "ifs_cfs"}
 # Options of the authors' code that change the layer, with the only value that this layer (and the paper) has.
@@ -125,7 +125,7 @@ def convert(
     _check_tower(rest, stored, vision_tower or llava_config.get("mm_vision_tower"))
     beside = _trained_beside(rest, stored, base, model_base)
     check_finite([*adapter.items(), *beside.items()], checkpoint)
-    config = _adapter_config(options, _targets(list(layers), base), model_base)
+    config = _adapter_config(options, targets_in(list(layers), base), model_base)
     with new_folder("--output", output) as folder:
         config.save_pretrained(folder)
         save_tensors(adapter, folder / SAFETENSORS_WEIGHTS_NAME)
@@ -301,7 +301,7 @@ def _trained_beside(
             if torch.equal(original.to(tensor.dtype), tensor):
                 continue
             if DECODER_LAYER.match(short) and tensor.ndim == 2:
-                if _equal_but_for_rounding(original, tensor):
+                if equal_but_for_rounding(original, tensor):
                     continue
                 raise MixLoraError(
                     f"the checkpoint is for another base: its {short} differs from that of {model_base}; pass the "
@@ -322,13 +322,8 @@ def _check_tower(rest: Mapping[str, str], stored: StoredWeights, tower: str | No
         inner = TOWER.sub("", short)
         if inner == short or inner not in by_inner:
             continue
-        if not _equal_but_for_rounding(original[by_inner[inner]], stored[name]):
+        if not equal_but_for_rounding(original[by_inner[inner]], stored[name]):
             raise MixLoraError(f"{tower} is another vision tower: its {inner} differs from the checkpoint's")
-
-
-def _equal_but_for_rounding(a: Tensor, b: Tensor) -> bool:
-    # The two may have gone through different half precisions; bfloat16 keeps 8 bits.
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=2**-7, atol=1e-6)
 
 
 def _adapter_config(options: AuthorsOptions, targets: dict[str, Any], model_base: str) -> MixLoraConfig:
@@ -345,7 +340,7 @@ def _adapter_config(options: AuthorsOptions, targets: dict[str, Any], model_base
     )
 
 
-def _targets(layers: list[str], base: StoredWeights) -> dict[str, Any]:
+def targets_in(layers: list[str], base: StoredWeights) -> dict[str, Any]:
     """The configuration fields that name exactly `layers`: by kind where that takes in no other layer of the base."""
     kinds = sorted({layer.rpartition(".")[2] for layer in layers})
     of_these_kinds = {

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import MixLoraError
 from ..inputs import expanded
+from ..method.other_llava import says_of_names
 from ..method.patterns import check_pattern
 from ..method.registration import MIXLORA
 from ..method.stored_tensors import (
@@ -191,6 +192,8 @@ def _check_tensors(config: Any, forms: Mapping[str, Form], of_model: Mapping[str
     if not is_mixlora and config.peft_type != LORA:  # of which nothing is known here, and no command loads it
         return
     known = None if of_model is None else decoder_layers(of_model)
+    if known is not None and (reason := says_of_names(forms, f"a {of_model['model_type']}", is_native=False)):
+        raise MixLoraError(f"{file}: {reason}")
     wanted = None if known is None else targeted(config, known)
     found = {name.removeprefix(PEFT_PREFIX): form for name, form in forms.items()}
     layers = None

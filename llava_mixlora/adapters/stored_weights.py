@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -54,6 +55,12 @@ def weight_files(folder: Path) -> list[Path]:
                 raise MixLoraError(f"{folder / index} is damaged: it names no shards in 'weight_map'; copy it again")
             return [_present(folder / Path(name).name, index) for name in sorted(set(map(str, shards.values())))]
     raise MixLoraError(f"{folder} holds no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}, whole or in shards")
+
+
+def equal_but_for_rounding(a: Tensor, b: Tensor) -> bool:
+    """Whether two stored weights are the same, up to what storing them in half precision changes."""
+    # The two may have gone through different half precisions; bfloat16 keeps 8 bits.
+    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=2**-7, atol=1e-6)
 
 
 def _present(shard: Path, index: str) -> Path:

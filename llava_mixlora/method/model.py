@@ -22,6 +22,7 @@ from .layer_settings import LayerSettings
 from .lora_only import OfLoraModels
 from .mixture import Route
 from .offloading import bring_back, device_of_adapter
+from .other_llava import says_of
 from .registration import BaseTuner, BaseTunerLayer
 from .shared_sums import follow_loading, has_counted
 from .stored_tensors import Widths, check_finite, check_known, check_tensors, forms_of, named
@@ -215,7 +216,10 @@ class MixLoraModel(OfLoraModels, BaseTuner):
         except MixLoraError:
             raise
         except ValueError as error:  # PEFT finds nothing to adapt
-            raise MixLoraError(f"adapter {adapter_name!r} does not fit {type(model).__name__}: {error}") from error
+            targets = config.target_modules
+            names = [targets] if isinstance(targets, str) else targets
+            reason = says_of(names, type(model).__name__, dict(model.named_modules())) or error
+            raise MixLoraError(f"adapter {adapter_name!r} does not fit {type(model).__name__}: {reason}") from error
         if all_linear:
             _tell_of_towers(model, adapter_name)
         if config.router_input == "words":
@@ -374,6 +378,8 @@ def _check_fits(model: nn.Module, config: MixLoraConfig, adapter_name: str, stat
         for name, module in modules.items()
         if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_A
     }
+    if (reason := says_of(state_dict, "the model", modules)) is not None:
+        raise MixLoraError(f"{place} does not fit: {reason}")
     embeddings = _saved_embeddings(model, modules, state_dict)
     found = {name: tensor for name, tensor in state_dict.items() if name not in embeddings}
     widths = [widths.router for widths in layers.values()]

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import MixLoraError
 
 IMAGE = "<image>"
-"""What stands for an image in a text, in LLaVA (`llava.constants.DEFAULT_IMAGE_TOKEN`) and in transformers' processor."""
+"""What stands for an image in a text: `llava.constants.DEFAULT_IMAGE_TOKEN`, and transformers' default."""
 
 _TURN = """\
 {%- set spoken = namespace(text='') -%}
@@ -36,7 +36,7 @@ _SYSTEM = """\
 """
 
 _SPOKEN = """\
-@SYSTEM@{{- system + SEPARATOR -}}
+@SYSTEM@{{- system + SEPARATOR + EXAMPLES -}}
 {%- for message in turns -%}
 @TURN@{%- if message['role'] == 'user' -%}
 {{- ASKER + spoken.text + SEPARATOR -}}
@@ -90,6 +90,8 @@ def chat_template(template: Any, image: str = IMAGE) -> str:
     values = {
         "SYSTEM": template.system,
         "SEPARATOR": template.sep,
+        # What some templates hold: a question and an answer, before all others.
+        "EXAMPLES": template.get_prompt().removeprefix(template.system + template.sep),
         "END": template.sep2 if style in ("TWO", "LLAMA_2") else template.sep,
         "ASKER": f"{asker}{colon}{space}",
         "ANSWERER": f"{answerer}{colon}{space}",

@@ -76,7 +76,7 @@ def _export_hf(given: argparse.Namespace) -> None:
     print(f"Wrote {output}, a LlavaForConditionalGeneration: AutoProcessor and from_pretrained load it.")
     if is_adapter(output / ADAPTER_FOLDER):
         print(
-            f"It is the adapter's base; the adapter is in {output / ADAPTER_FOLDER}, and its README says how to load it."
+            f"It is the adapter's base. The adapter is in {output / ADAPTER_FOLDER}, with a README on how to load it."
         )
 
 

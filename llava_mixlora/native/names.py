@@ -1,10 +1,10 @@
 """What modules and tensors of upstream's LLaVA are called in transformers' own.
 
-    upstream's LLaVA                           in the model (transformers 4.52 and newer)    in its checkpoint
-    model.layers.0.mlp.up_proj                 model.language_model.layers.0.mlp.up_proj     language_model.model.layers...
-    lm_head                                    lm_head                                       language_model.lm_head
-    model.mm_projector.0 (and .2)              model.multi_modal_projector.linear_1 (_2)     multi_modal_projector.linear_1
-    model.vision_tower.vision_tower.(...)      model.vision_tower.(...)                      vision_tower.vision_model.(...)
+    upstream's LLaVA                in the model (transformers 4.52 and newer)  in its checkpoint
+    model.layers.0                  model.language_model.layers.0               language_model.model.layers.0
+    lm_head                         lm_head                                     language_model.lm_head
+    model.mm_projector.0 (2)        model.multi_modal_projector.linear_1 (2)    multi_modal_projector.linear_1 (2)
+    model.vision_tower.vision_tower model.vision_tower                          vision_tower.vision_model
 
 Checkpoints keep the names of transformers 4.36, which every version since and vLLM read; adapters are stored under the
 names that the model has.
@@ -19,7 +19,8 @@ PROJECTOR = {"0": "linear_1", "2": "linear_2"}
 """The linear layers of upstream's projector, by their places in it, and transformers' names for them."""
 OF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 NATIVE_LAYER = re.compile(r"model\.language_model\.layers\.\d+\..+")
-_NATIVE = re.compile(r"model\.(language_model|multi_modal_projector|vision_tower)\.(.+)")
+MODULE = re.compile(r"model\.(language_model|multi_modal_projector|vision_tower)\.(.+)")
+"""Names in transformers' class, but for the head."""
 _LAYERS_OF_PATTERN = re.compile(r"\bmodel(\\?\.)layers\b")
 _NATIVE_LAYERS_OF_PATTERN = re.compile(r"\bmodel(\\?\.)language_model\\?\.layers\b")
 
@@ -35,7 +36,7 @@ def native_name(name: str) -> str:
 
 def upstream_name(name: str) -> str:
     """The other way: of a module or parameter of transformers' class, the name that upstream's LLaVA has for it."""
-    match = _NATIVE.fullmatch(name)
+    match = MODULE.fullmatch(name)
     if match is None or match[1] == "vision_tower":
         return name
     if match[1] == "language_model":
@@ -53,6 +54,15 @@ def stored_name(name: str) -> str:
     if inner.startswith("language_model."):
         return inner.replace("language_model.", "language_model.model.", 1)
     return inner.replace("vision_tower.", "vision_tower.vision_model.", 1)
+
+
+def module_name(name: str) -> str:
+    """Of a name in a checkpoint of transformers' LLaVA, of any version, the one that the model has for it."""
+    if re.match(r"model\.|lm_head\.", name):
+        return name
+    if (inner := name.removeprefix("language_model.lm_head.")) != name:
+        return f"lm_head.{inner}"
+    return "model." + name.replace("language_model.model.", "language_model.", 1).replace("vision_model.", "", 1)
 
 
 def native_pattern(pattern: str) -> str:

@@ -18,7 +18,9 @@ from .form import FEATURES
 
 TEMPLATE = "v1"
 """The conversation template where nothing tells another: LLaVA 1.5's."""
+PROCESSOR = "LlavaProcessor"
 IMAGE_PROCESSING, PROCESSING = "preprocessor_config.json", "processor_config.json"
+TOKENIZING = "tokenizer_config.json"
 QUESTIONS = ("What is shown?", "And what is beside it? Answer in one word.", " Two  blanks, a line\nand 1234 ünïcodé.")
 
 
@@ -64,19 +66,20 @@ def write_processor(
     token = image_token_of(tokenizer, rows)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"  # as generation wants it
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
+    of_tokenizer = {**read_json(folder / TOKENIZING), "processor_class": PROCESSOR, "padding_side": "left"}
     jinja = chat_template(_conversation(template), _image_text(config))
     (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
     of_processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": PROCESSOR,
         "patch_size": patch_size,
         "vision_feature_select_strategy": FEATURES[config.get("mm_vision_select_feature", "patch")],
         "num_additional_image_tokens": 1,  # CLIP's class token, of which "default" takes the feature away again
         "image_token": IMAGE,
     }
-    for name, contents in ((IMAGE_PROCESSING, _image_processing(tower, config)), (PROCESSING, of_processor)):
+    images = _image_processing(tower, config)
+    for name, contents in ((TOKENIZING, of_tokenizer), (IMAGE_PROCESSING, images), (PROCESSING, of_processor)):
         (folder / name).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     return token
 
@@ -161,4 +164,4 @@ def _image_processing(tower: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(kept.get("crop_size"), int):
         kept["crop_size"] = {"height": kept["crop_size"], "width": kept["crop_size"]}
     kind = "LlavaImageProcessor" if pads else "CLIPImageProcessor"
-    return {**kept, "image_processor_type": kind, "do_pad": pads, "processor_class": "LlavaProcessor"}
+    return {**kept, "image_processor_type": kind, "do_pad": pads, "processor_class": PROCESSOR}

@@ -21,6 +21,7 @@ ORDER = (
     "inference",
     "evaluation",
     "merging",
+    "native",
     "analysis",
     "diagnosis",
     ROOF,

@@ -1,96 +1,258 @@
 """`export-hf`: logits, tokens and answers of upstream's LLaVA and of transformers' class are the same."""
 
+import json
+import shutil
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
-from peft import PeftModel
-from PIL import Image
-from transformers import AutoProcessor
+from peft import LoraConfig, PeftModel, get_peft_model
 
+from llava_mixlora import MixLoraConfig
+from llava_mixlora.adapters.adapter_folder import read_non_lora_trainables, write_non_lora_trainables
+from llava_mixlora.adapters.adapter_record import read_record
 from llava_mixlora.cli import main
-from llava_mixlora.native.export import OLDEST
+from llava_mixlora.merging.merge import merge
+from llava_mixlora.native.export import export_hf
 
-from ...tiny import draw_pictures, plain, write_adapter
+from ...tiny import LINEAR_LAYERS, layers, message_of, plain, write_adapter
+from ...two_llavas import Native, Upstream
+from .conftest import QUESTIONS
 
-pytestmark = pytest.mark.skipif(
-    Version(transformers.__version__) < Version(OLDEST), reason=f"export-hf needs transformers {OLDEST}"
-)
-FORMS = {
-    "words": {"pairing": "same", "router_scope": "instruction", "router_input": "words", "routing": "ifs"},
-    "paper": {"routing": "ifs_cfs"},
-}
-QUESTIONS = ["what color is the shape", "A  red circle?\nOr a blue square", "1234 ünïcodé"]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    place = tmp_path_factory.mktemp("pictures")
-    draw_pictures(place, 2)
-    Image.open(place / "1.png").resize((40, 20)).save(place / "1.png")
-    return [Image.open(place / f"{number}.png").convert("RGB") for number in range(2)]
+WORDS = {"pairing": "same", "router_scope": "instruction", "router_input": "words", "routing": "ifs"}
+FORMS = {"words": WORDS, "paper": {"routing": "ifs_cfs"}, "some layers": {**WORDS, "layers_to_transform": [1]}}
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def adapter(request, llava_folder, tmp_path_factory):
-    return write_adapter(llava_folder, tmp_path_factory.mktemp(request.param), **FORMS[request.param])
+    return write_adapter(llava_folder, tmp_path_factory.mktemp("trained") / "adapter", **FORMS[request.param])
 
 
-def upstream(base, adapter=None):
-    """Upstream's LLaVA in float32, to which its own loader does not get without float16 in between."""
-    from transformers import AutoTokenizer
+@pytest.fixture
+def changed(llava_folder, tmp_path):
+    """Copies the tiny LLaVA with other fields in its config.json."""
 
-    model = plain(base)
-    model.get_vision_tower().load_model()
-    model = model if adapter is None else PeftModel.from_pretrained(model, adapter)
-    tokenizer = AutoTokenizer.from_pretrained(base, use_fast=False)
-    return tokenizer, model.eval(), model.get_model().get_vision_tower().image_processor
+    def changed(**fields):
+        folder = tmp_path / "changed"
+        shutil.copytree(llava_folder, folder)
+        contents = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**contents, **fields}))
+        return folder
 
-
-def upstream_logits(loaded, picture, question, version="v1"):
-    from llava.conversation import conv_templates
-    from llava.mm_utils import process_images, tokenizer_image_token
-
-    tokenizer, model, image_processor = loaded
-    conversation = conv_templates[version].copy()
-    conversation.append_message(conversation.roles[0], f"<image>\n{question}")
-    conversation.append_message(conversation.roles[1], None)
-    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")[None]
-    images = process_images([picture], image_processor, model.config)
-    with torch.no_grad():
-        return model(input_ids=ids, images=images).logits
+    return changed
 
 
-def native_inputs(processor, picture, question):
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=picture, text=text, return_tensors="pt")
-
-
-def test_logits_are_equal(adapter, llava_folder, pictures, tmp_path):
-    out = tmp_path / "native"
-    assert (
-        main(
-            [
-                "export-hf",
-                "--model-path",
-                str(adapter),
-                "--model-base",
-                str(llava_folder),
-                "--save-model-path",
-                str(out),
-            ]
-        )
-        == 0
-    )
-    loaded = upstream(llava_folder, adapter)
-    base = transformers.LlavaForConditionalGeneration.from_pretrained(out)
-    model, processor = PeftModel.from_pretrained(base, out / "adapter").eval(), AutoProcessor.from_pretrained(out)
+def assert_same(upstream, native, pictures, **options):
     for picture in pictures:
         for question in QUESTIONS:
-            expected = upstream_logits(loaded, picture, question)
-            with torch.no_grad():
-                logits = model(**native_inputs(processor, picture, question)).logits
-            print((logits[..., : expected.shape[-1]] - expected).abs().max(), expected.abs().max(), logits.shape)
+            expected = upstream.logits(picture, question, **options)
+            logits = native.logits(picture, question)
+            assert logits.shape[1] == expected.shape[1]
             assert torch.allclose(logits[..., : expected.shape[-1]], expected, atol=1e-5)
+
+
+def test_an_adapter_gives_the_same_logits_and_answers(adapter, llava_folder, exported, pictures):
+    upstream, native = Upstream(llava_folder, adapter), exported(adapter, llava_folder)
+    assert_same(upstream, native, pictures)
+    picture = pictures[0]
+    with native.model.disable_adapter():
+        without = native.logits(picture, QUESTIONS[0])
+    assert not torch.allclose(native.logits(picture, QUESTIONS[0]), without, atol=1e-2)
+    for question in QUESTIONS:
+        assert native.answer(picture, question) == upstream.answer(picture, question)
+
+
+def test_the_adapter_touches_the_language_model_alone(adapter, llava_folder, exported):
+    native = exported(adapter, llava_folder)
+    of_upstream = {name.partition("layers.")[2] for name in layers(Upstream(llava_folder, adapter).model)}
+    found = set(layers(native.model))
+    assert all(".language_model.layers." in name for name in found)
+    assert {name.partition("layers.")[2] for name in found} == of_upstream
+
+
+def test_no_image_token_is_ever_written(llava_folder, exported, pictures):
+    """Its score is that of the unknown token, and generation leaves it out."""
+    native = exported(llava_folder)
+    logits, token = native.logits(pictures[0], QUESTIONS[0]), native.processor.image_token_id
+    assert token == native.base.config.image_token_id == logits.shape[-1] - 1
+    assert torch.equal(logits[..., token], logits[..., native.processor.tokenizer.unk_token_id])
+    assert native.base.generation_config.suppress_tokens == [token]
+
+
+def test_a_batch_is_padded_on_the_left(adapter, llava_folder, exported, pictures):
+    native = exported(adapter, llava_folder)
+    alone = [native.inputs(pictures[0], question) for question in QUESTIONS]
+    prompts = [native.prompt(question) for question in QUESTIONS]
+    batch = native.processor(images=[pictures[0]] * 3, text=prompts, padding=True, return_tensors="pt")
+    assert batch.attention_mask[:, -1].all() and not batch.attention_mask.all()
+    with torch.no_grad():
+        together = native.model(**batch).logits[:, -1]
+    for row, inputs in zip(together, alone):
+        with torch.no_grad():
+            assert torch.allclose(row, native.model(**inputs).logits[0, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_merged_checkpoint_is_loaded_without_the_plugin(
+    adapter, llava_folder, pictures, tmp_path, monkeypatch, sharded
+):
+    if sharded:
+        monkeypatch.setattr("llava_mixlora.adapters.shards.SHARD_SIZE", 20_000)
+    merge(adapter, str(llava_folder), tmp_path / "merged", method="mean", force=True)
+    export_hf(tmp_path / "merged", tmp_path / "native")
+    assert not (tmp_path / "native" / "adapter").exists()
+    assert len(list((tmp_path / "native").glob("*.safetensors"))) > 1 or not sharded
+    assert_same(Upstream(tmp_path / "merged"), Native(tmp_path / "native"), pictures)
+    assert read_record(tmp_path / "native").merged[0].name == str(adapter.absolute())
+
+
+def test_padding_to_a_square_is_kept(changed, exported, pictures):
+    folder = changed(image_aspect_ratio="pad")
+    upstream, native = Upstream(folder), exported(folder)
+    for picture in pictures:
+        _, expected = upstream.inputs(picture, "")
+        assert torch.allclose(native.inputs(picture, "").pixel_values, torch.as_tensor(expected), atol=1e-6)
+    assert not torch.equal(
+        native.inputs(pictures[1], "").pixel_values,
+        Native(native.base.name_or_path).inputs(pictures[0], "").pixel_values,
+    )
+    assert_same(upstream, native, pictures)
+
+
+def test_all_features_of_the_tower(changed, exported, pictures):
+    folder = changed(mm_vision_select_feature="cls_patch", mm_vision_select_layer=-1)
+    assert_same(Upstream(folder), exported(folder), pictures)
+
+
+@pytest.mark.parametrize("version", ["llava_v1", "llava_llama_2", "v0", "mpt"])
+def test_conversation_templates(version, llava_folder, tmp_path, pictures):
+    export_hf(llava_folder, tmp_path / "native", version=version)
+    assert_same(Upstream(llava_folder), Native(tmp_path / "native"), pictures[:1], version=version)
+
+
+def test_the_template_of_the_training_is_taken(adapter, llava_folder, exported, pictures):
+    record = {"format": 1, "conversation": "llava_llama_2", "merged": [], "version": "0.1.0"}
+    (adapter / "adapter_record.json").write_text(json.dumps(record))
+    native = exported(adapter, llava_folder)
+    (adapter / "adapter_record.json").unlink()
+    assert_same(Upstream(llava_folder, adapter), native, pictures[:1], version="llava_llama_2")
+
+
+def test_a_projector_of_one_layer(llava, tokenizer_folder, exported, pictures, tmp_path):
+    folder = tmp_path / "linear"
+    config = type(llava.config)(**{**llava.config.to_dict(), "mm_projector_type": "linear"})
+    type(llava)(config).save_pretrained(folder)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    assert_same(Upstream(folder), exported(folder), pictures)
+
+
+def test_new_tokens_and_marked_images(llava, llava_folder, tokenizer_folder, exported, pictures, tmp_path):
+    """LLaVA's --mm_use_im_start_end: the embeddings, larger than the base's, lie beside the adapter."""
+    from transformers import AutoTokenizer
+
+    adapter = write_adapter(llava_folder, tmp_path / "adapter", **WORDS)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, use_fast=False)
+    before = len(llava.get_input_embeddings().weight)
+    tokenizer.add_tokens([f"<filler{n}>" for n in range(before - len(tokenizer))])
+    tokenizer.add_tokens(["<im_start>", "<im_end>"], special_tokens=True)
+    tokenizer.save_pretrained(adapter)
+    weights = {
+        "model.embed_tokens.weight": llava.get_input_embeddings(),
+        "lm_head.weight": llava.get_output_embeddings(),
+    }
+    grown = {name: torch.cat([module.weight.detach(), torch.randn(2, 32)]) for name, module in weights.items()}
+    prefixed = {
+        f"base_model.model.{name}": tensor for name, tensor in {**read_non_lora_trainables(adapter), **grown}.items()
+    }
+    write_non_lora_trainables(adapter, prefixed)
+    contents = json.loads((adapter / "config.json").read_text())
+    fields = {"mm_use_im_start_end": True, "vocab_size": before + 2}
+    (adapter / "config.json").write_text(json.dumps({**contents, **fields}))
+
+    native = exported(adapter, llava_folder)
+    model = plain(llava_folder)
+    model.resize_token_embeddings(before + 2)
+    model.get_vision_tower().load_model()
+    upstream = Upstream.__new__(Upstream)
+    upstream.model = PeftModel.from_pretrained(model, adapter).eval()
+    upstream.tokenizer = AutoTokenizer.from_pretrained(adapter, use_fast=False)
+    upstream.image_processor = model.get_vision_tower().image_processor
+    assert torch.equal(upstream.model.get_input_embeddings().weight[-2:], grown["model.embed_tokens.weight"][-2:])
+    assert_same(upstream, native, pictures, image="<im_start><image><im_end>")
+
+
+def test_a_plain_lora(llava_folder, exported, pictures, tmp_path):
+    targets = {"target_modules": LINEAR_LAYERS, "exclude_modules": ".*(mm_projector|vision_tower).*"}
+    rank_pattern = {"model.layers.1.mlp.up_proj": 3}
+    model = get_peft_model(
+        plain(llava_folder), LoraConfig(r=2, rank_pattern=rank_pattern, task_type="CAUSAL_LM", **targets)
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "lora")
+    model.config.save_pretrained(tmp_path / "lora")
+    native = exported(tmp_path / "lora", llava_folder)
+    assert_same(Upstream(llava_folder, tmp_path / "lora"), native, pictures[:1])
+
+
+def test_the_card_and_the_record_tell_of_it(adapter, llava_folder, exported, capsys):
+    native = exported(adapter, llava_folder)
+    folder = native.model.peft_config["default"].base_model_name_or_path
+    card = (native.folder / "adapter" / "README.md").read_text()
+    assert "LlavaForConditionalGeneration" in card
+    assert folder == str(native.folder)
+    assert read_record(native.folder / "adapter").base.name_or_path == folder
+    assert main(["inspect", str(native.folder / "adapter")]) == 0
+    assert "language_model" in capsys.readouterr().out
+
+
+WRONG = {
+    "model_type": ({"model_type": "llama"}, "model_type='llama'"),
+    "mpt": ({"model_type": "llava_mpt"}, "model_type='llava_mpt'"),
+    "projector": ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type='mlp3x_gelu'"),
+    "other projector": ({"mm_projector_type": "linear"}, "a projector of the form linear was expected"),
+    "tiles": ({"image_aspect_ratio": "anyres"}, "LLaVA-NeXT"),
+    "scales": ({"s2": True}, "s2=True"),
+    "no tower": ({"mm_vision_tower": None}, "mm_vision_tower=None"),
+    "tower": ({"mm_vision_tower": "/nowhere"}, "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_the_class_cannot_be_is_refused(wrong, changed, tmp_path):
+    fields, expected = WRONG[wrong]
+    assert expected in message_of(export_hf, changed(**fields), tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_template_without_questions_is_refused(llava_folder, tmp_path):
+    for version in ("plain", "v1_mmtag", "nonsense"):
+        assert "--version" in message_of(export_hf, llava_folder, tmp_path / "native", version=version)
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_language_model_alone_is_refused(changed, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = changed()
+    weights = {n: t for n, t in load_file(folder / "model.safetensors").items() if "mm_projector" not in n}
+    save_file(weights, folder / "model.safetensors")
+    assert "there is none" in message_of(export_hf, folder, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_what_is_there_is_not_written_over(llava_folder, tmp_path):
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "mine").touch()
+    assert "--save-model-path" in message_of(export_hf, llava_folder, tmp_path / "native")
+    assert "a whole model" in message_of(export_hf, llava_folder, tmp_path / "other", str(llava_folder))
+
+
+def test_each_adapter_says_for_which_llava_it_is(adapter, llava_folder, exported, tmp_path):
+    native = exported(adapter, llava_folder)
+    fresh = Native(native.folder)
+    assert "export-hf" in message_of(PeftModel.from_pretrained, fresh.base, adapter)
+    by_layer = {"target_modules": r"model\.layers\.1\.mlp\.up_proj", "task_type": "CAUSAL_LM"}
+    assert "export-hf" in message_of(get_peft_model, Native(native.folder).base, MixLoraConfig(**by_layer))
+    assert "import-hf" in message_of(PeftModel.from_pretrained, plain(llava_folder), native.folder / "adapter")
+    assert "import-hf" in message_of(export_hf, native.folder / "adapter", tmp_path / "again", str(llava_folder))
