@@ -138,6 +138,7 @@ def _how_to_load(merged: Path) -> str:
 def _export_lora(given: argparse.Namespace) -> None:
     export_lora(given.model_path, given.model_base, given.save_model_path, **_options(given))
     print(f"Wrote {given.save_model_path}, with {REPORT}. It is a LoRA for the same base.")
+    print("llava-mixlora export-hf makes it one of transformers' own LLaVA, as vLLM wants.")
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
