@@ -74,10 +74,9 @@ def _export_hf(given: argparse.Namespace) -> None:
     output = Path(given.save_model_path)
     export_hf(given.model_path, output, given.model_base, given.version, choices_of(given))
     print(f"Wrote {output}, a LlavaForConditionalGeneration: AutoProcessor and from_pretrained load it.")
-    if is_adapter(output / ADAPTER_FOLDER):
-        print(
-            f"It is the adapter's base. The adapter is in {output / ADAPTER_FOLDER}, with a README on how to load it."
-        )
+    if is_adapter(folder := output / ADAPTER_FOLDER):
+        how = ", with a README on how to load it" if (folder / "README.md").is_file() else ""
+        print(f"It is the adapter's base. The adapter is in {folder}{how}.")
 
 
 def export_hf(

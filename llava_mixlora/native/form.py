@@ -35,6 +35,10 @@ def check_can_be_native(config: Mapping[str, Any], place: str | Path) -> None:
             f"{expected}"
         )
 
+    if config.get("model_type") == MODEL:
+        raise MixLoraError(
+            f"{place} is transformers' own LLaVA already; expected one of upstream's, or an adapter of it"
+        )
     if config.get("model_type") not in LANGUAGE_MODELS:
         refuse("model_type", "a LLaVA of upstream's: " + ", ".join(LANGUAGE_MODELS))
     if not config.get("mm_vision_tower"):

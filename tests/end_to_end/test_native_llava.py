@@ -77,7 +77,17 @@ def test_an_exported_adapter_answers_as_upstreams_model(main_job, patched, tmp_p
 def test_a_merged_one_answers_where_there_is_no_plugin(main_job, patched, tmp_path):
     place, _ = main_job
     merged, folder = tmp_path / "llava-merged", tmp_path / "native"
-    words = ["--model-path", place / "llava-v1-out", "--save-model-path", merged, "--method", "mean", "--force"]
+    words = [
+        "--model-path",
+        place / "llava-v1-out",
+        "--save-model-path",
+        merged,
+        "--method",
+        "mean",
+        "--samples",
+        "24",
+        "--force",
+    ]
     command("merge", *words)
     command("export-hf", "--model-path", merged, "--save-model-path", folder)
     asked = held_out(place / "cache")

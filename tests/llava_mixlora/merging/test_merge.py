@@ -140,7 +140,7 @@ def test_merge_into_a_folder_that_llava_takes_for_something_else_says_what_to_ca
 
 def test_merged_checkpoint_in_shards_is_the_same(base, adapter, images, tmp_path, monkeypatch):
     merge.merge(adapter, None, tmp_path / "llava-whole", force=True)
-    monkeypatch.setattr(merge, "SHARD_SIZE", 20_000)
+    monkeypatch.setattr("llava_mixlora.adapters.shards.SHARD_SIZE", 20_000)
     merge.merge(adapter, None, tmp_path / "llava-shards", force=True)
     shards = sorted(file.name for file in (tmp_path / "llava-shards").glob("*.safetensors"))
     assert len(shards) > 3 and shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
@@ -487,7 +487,7 @@ def test_existing_target_is_refused(adapter, tmp_path):
 
 
 def test_interrupted_merging_leaves_no_folder(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "SHARD_SIZE", 20_000)
+    monkeypatch.setattr("llava_mixlora.adapters.shards.SHARD_SIZE", 20_000)
     written = []
 
     def interrupted(tensors, file):
@@ -496,7 +496,7 @@ def test_interrupted_merging_leaves_no_folder(adapter, tmp_path, monkeypatch):
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "save_tensors", interrupted)
+    monkeypatch.setattr("llava_mixlora.adapters.shards.save_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge.merge(adapter, None, tmp_path / "out", force=True)
     assert len(written) == 2 and list(tmp_path.iterdir()) == []
@@ -506,13 +506,14 @@ def test_interrupted_merging_leaves_no_folder(adapter, tmp_path, monkeypatch):
 def test_killed_merging_leaves_nothing_that_looks_finished_and_the_next_clears_up(adapter, tmp_path):
     program = """
 import os, signal, sys
+from llava_mixlora.adapters import shards
 from llava_mixlora.merging import merge
-merge.SHARD_SIZE, save_tensors = 20_000, merge.save_tensors
+shards.SHARD_SIZE, save_tensors = 20_000, shards.save_tensors
 def save(tensors, file):
     save_tensors(tensors, file)
     if file.name == "shard-2":
         os.kill(os.getpid(), signal.SIGKILL)
-merge.save_tensors = save
+shards.save_tensors = save
 merge.merge(sys.argv[1], None, sys.argv[2], force=True)
 """
     output = tmp_path / "llava-merged"

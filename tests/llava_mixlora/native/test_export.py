@@ -208,6 +208,7 @@ def test_the_card_and_the_record_tell_of_it(adapter, llava_folder, exported, cap
 
 WRONG = {
     "model_type": ({"model_type": "llama"}, "model_type='llama'"),
+    "transformers' own": ({"model_type": "llava"}, "transformers' own LLaVA already"),
     "mpt": ({"model_type": "llava_mpt"}, "model_type='llava_mpt'"),
     "projector": ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type='mlp3x_gelu'"),
     "other projector": ({"mm_projector_type": "linear"}, "a projector of the form linear was expected"),
