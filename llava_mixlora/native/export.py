@@ -158,7 +158,7 @@ def _source(folder: Path, model_base: str | None, choices: ModelChoices) -> _Sou
     elif model_base is not None:
         raise MixLoraError(f"--model-base {model_base}: {folder} is a whole model, which has none; leave it out")
     else:
-        base = base_folder(str(folder))
+        base = base_folder(str(folder), "--model-path")
     config = None if adapter is None else adapter.llava
     if config is None:
         config = as_data(read_json(base / "config.json"), base / "config.json")

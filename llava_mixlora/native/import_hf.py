@@ -21,17 +21,17 @@ from ..adapters.convert import targets_in
 from ..adapters.llava_card import llava_record
 from ..adapters.llava_config import as_data
 from ..adapters.model_folders import base_folder, check_output, new_folder
-from ..adapters.model_places import adapter_of, base_model_of
+from ..adapters.model_places import adapter_of, base_model_of, vision_tower_of
 from ..adapters.reading import Adapter, read
 from ..adapters.stored_weights import StoredWeights, equal_but_for_rounding
 from ..errors import MixLoraError
-from ..inputs import check_model_path, read_json
+from ..inputs import check_model_path, expanded, read_json
 from ..method.model_card import write_card
 from ..method.tensor_names import PEFT_PREFIX
 from ..writing import save_tensors
 from .form import FEATURES, LANGUAGE_MODELS, MODEL, ONE_LAYER, TWO_LAYERS
 from .names import MODULE, OF_LAYER, module_name, upstream_name, upstream_pattern
-from .tensors import BY_TOKEN, PROJECTOR
+from .tensors import BY_TOKEN, PROJECTOR, tower_tensors
 
 FLAG = "--save-model-path"
 _OF_NATIVE_PROJECTOR = "multi_modal_projector"
@@ -104,11 +104,13 @@ def import_hf(
         )
     base = base_folder(model_base)
     of_base = as_data(read_json(base / "config.json"), base / "config.json")
-    config = _llava_config(native, of_base, _tower_of(place, of_base, vision_tower), place)
-    stored = StoredWeights(base)
+    of_native, stored = StoredWeights(place), StoredWeights(base)
+    tower = _tower_of(place, base, of_base, vision_tower)
+    _check_tower(of_native, place, tower)
+    config = _llava_config(native, of_base, tower, place)
     in_adapter = {upstream_name(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in _further(adapter)}
     trained = {name: tensor for name, tensor in in_adapter.items() if name.startswith(PROJECTOR)}
-    beside = {**_beside(StoredWeights(place), stored, place, model_base), **trained}
+    beside = {**_beside(of_native, stored, place, model_base), **trained}
     if config["mm_projector_type"] == ONE_LAYER:
         beside = _as_one_layer(beside)
     with new_folder(FLAG, output) as unfinished:
@@ -141,15 +143,30 @@ def _further(adapter: Adapter) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in adapter.tensors() if ".mixlora_" not in name and ".lora_" not in name]
 
 
-def _tower_of(place: Path, of_base: Mapping[str, Any], vision_tower: str | None) -> str:
+def _tower_of(place: Path, base: Path, of_base: Mapping[str, Any], vision_tower: str | None) -> str:
     record = read_record(place)
     recorded = None if record is None or record.vision_tower is None else record.vision_tower.name_or_path
-    tower = vision_tower or of_base.get("mm_vision_tower") or recorded
-    if not tower:
+    named = of_base.get("mm_vision_tower") or recorded
+    if not (vision_tower or named):
         raise MixLoraError(
             f"neither --model-base nor {place} names a vision tower that upstream's LLaVA can load; pass --vision-tower"
         )
-    return tower
+    return vision_tower_of(base, named, vision_tower)
+
+
+def _check_tower(native: StoredWeights, place: Path, tower: str) -> None:
+    """Compare towers where upstream's is a folder here; it loads its tower from there, not from the adapter."""
+    folder = expanded(tower)
+    if not folder.is_dir():
+        return
+    by_module = {module_name(name): name for name in native}
+    for name, tensor in tower_tensors(StoredWeights(folder), tower):
+        other = by_module.get(module_name(name))
+        if other is not None and not equal_but_for_rounding(tensor, native[other]):
+            raise MixLoraError(
+                f"{place}, which the adapter was trained on, has another vision tower than {tower}: {name} differs; "
+                "pass the tower that it was exported with as --vision-tower"
+            )
 
 
 def _llava_config(native: Mapping[str, Any], of_base: Mapping[str, Any], tower: str, place: Path) -> dict[str, Any]:

@@ -93,6 +93,13 @@ def test_another_base_is_refused(native, llava, llava_folder, tokenizer_folder, 
     assert not (tmp_path / "out").exists()
 
 
+def test_another_tower_is_refused(native, llava_folder, tmp_path):
+    native.base.model.vision_tower.post_layernorm.weight.data += 1
+    adapter = trained_on(native, tmp_path / "adapter")
+    message = message_of(import_hf, adapter, tmp_path / "out", str(llava_folder))
+    assert "post_layernorm.weight differs" in message and "--vision-tower" in message
+
+
 def test_what_is_no_such_adapter_is_refused(native, llava_folder, tmp_path):
     of_upstream = write_adapter(llava_folder, tmp_path / "of-upstream")
     assert "upstream's LLaVA already" in message_of(import_hf, of_upstream, tmp_path / "out", str(llava_folder))
