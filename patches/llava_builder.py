@@ -21,12 +21,12 @@ from llava_mixlora.adapters.adapter_folder import (
 from llava_mixlora.adapters.adapter_record import RECORD, read_record
 from llava_mixlora.adapters.base_check import check_base, check_tower
 from llava_mixlora.adapters.config_file import config_of
-from llava_mixlora.adapters.llava_config import check_names_no_code, llava_config
+from llava_mixlora.adapters.llava_config import check_is_no_native, check_names_no_code, llava_config
 from llava_mixlora.adapters.loader_names import loader_name
 from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
 from llava_mixlora.adapters.model_places import adapter_of, base_model_of, vision_tower_of
 from llava_mixlora.adapters.pickles import TensorsOnly
-from llava_mixlora.adapters.reading import Adapter, read
+from llava_mixlora.adapters.reading import Adapter, check_is_of_upstream, read
 from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.method.stored_tensors import allowing_incomplete
@@ -58,6 +58,7 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         # Where there is an adapter, upstream takes what lies beside it at its word, code included.
         if not is_adapter(model_path):
             check_names_no_code(model_path)
+            check_is_no_native(model_path)
             kwargs |= {} if model_base else _with_its_tower(model_path, chosen)
             return original(model_path, model_base, model_name, *args, **kwargs)
         with allowing_incomplete(chosen.allow_incomplete):
@@ -84,6 +85,7 @@ def _load_adapter(
         )
     check_base(model_path, base, chosen.allow_other_base)
     adapter = read(model_path, base, to_load=True)
+    check_is_of_upstream(adapter)
     config = llava_config(model_path)
     if getattr(config, "mm_vision_tower", None) is not None:
         config.mm_vision_tower = vision_tower_of(model_path, config.mm_vision_tower, chosen.vision_tower, base)

@@ -133,6 +133,20 @@ def check_names_no_code(model: str, cache_dir: str | None = None) -> None:
             )
 
 
+def check_is_no_native(model: str, cache_dir: str | None = None) -> None:
+    """Refuse a checkpoint of transformers' own LLaVA, which upstream's classes cannot load.
+
+    Raises:
+        MixLoraError: says what loads it.
+    """
+    config = config_of(model, cache_dir) or {}
+    if config.get("model_type") == "llava" and config.get("vision_config"):  # that of 2023 is called so too
+        raise MixLoraError(
+            f"{model} is transformers' own LLaVA, which LlavaForConditionalGeneration loads; upstream's LLaVA "
+            "loads the checkpoint that it was exported from, and llava-mixlora import-hf makes an adapter fit that"
+        )
+
+
 def projector_shapes(config: dict[str, Any]) -> dict[str, tuple[int | None, ...]] | None:
     """The shape of each tensor of the projector (`llava.model.multimodal_projector.builder`), by its name inside of it.
 

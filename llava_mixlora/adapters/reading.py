@@ -124,6 +124,16 @@ def read_mixlora(folder: str | Path) -> Adapter:
     return read(folder)
 
 
+def check_is_of_upstream(adapter: Adapter) -> None:
+    """Refuse an adapter of transformers' own LLaVA where upstream's is loaded or written.
+
+    Raises:
+        MixLoraError: says which command makes one that fits.
+    """
+    if reason := says_of_names(adapter.forms, "what is asked for", is_native=False):
+        raise MixLoraError(f"{adapter.folder}: {reason}")
+
+
 def read_any_config(folder: str | Path) -> Any:
     """The PEFT configuration of an adapter, MIXLORA or another.
 

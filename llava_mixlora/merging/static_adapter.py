@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..adapters.adapter_folder import weights_of
-from ..adapters.reading import read_mixlora
+from ..adapters.reading import check_is_of_upstream, read_mixlora
 from ..errors import MixLoraError
 from ..method.config import MixLoraConfig
 from ..method.static_core import Moments, low_rank_pair, lstsq_core, mean_core, squared_error, squared_norm
@@ -61,6 +61,7 @@ class SavedAdapter(Mapping[str, SavedLayer]):
         self.folder = Path(folder)
         with allowing_incomplete(allow_incomplete):
             adapter = read_mixlora(folder)
+        check_is_of_upstream(adapter)
         self.config: MixLoraConfig = adapter.config
         self.beside = adapter.beside
         self._tensors = safe_open(str(weights_of(folder)), framework="pt")

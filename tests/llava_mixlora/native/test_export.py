@@ -11,6 +11,7 @@ from llava_mixlora import MixLoraConfig
 from llava_mixlora.adapters.adapter_folder import read_non_lora_trainables, write_non_lora_trainables
 from llava_mixlora.adapters.adapter_record import read_record
 from llava_mixlora.cli import main
+from llava_mixlora.inference.loading import load_for_inference
 from llava_mixlora.merging.merge import merge
 from llava_mixlora.native.export import export_hf
 
@@ -257,3 +258,6 @@ def test_each_adapter_says_for_which_llava_it_is(adapter, llava_folder, exported
     assert "export-hf" in message_of(get_peft_model, Native(native.folder).base, MixLoraConfig(**by_layer))
     assert "import-hf" in message_of(PeftModel.from_pretrained, plain(llava_folder), native.folder / "adapter")
     assert "import-hf" in message_of(export_hf, native.folder / "adapter", tmp_path / "again", str(llava_folder))
+    assert "import-hf" in message_of(merge, native.folder / "adapter", None, tmp_path / "merged")
+    assert "import-hf" in message_of(load_for_inference, native.folder / "adapter")
+    assert "import-hf" in message_of(load_for_inference, native.folder)
