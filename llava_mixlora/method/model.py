@@ -217,7 +217,7 @@ class MixLoraModel(OfLoraModels, BaseTuner):
             raise
         except ValueError as error:  # PEFT finds nothing to adapt
             targets = config.target_modules
-            names = [targets] if isinstance(targets, str) else targets
+            names = [targets] if isinstance(targets, str) else targets or ()
             reason = says_of(names, type(model).__name__, dict(model.named_modules())) or error
             raise MixLoraError(f"adapter {adapter_name!r} does not fit {type(model).__name__}: {reason}") from error
         if all_linear:
