@@ -32,10 +32,12 @@ class Upstream:
         with torch.no_grad():
             return self.model(input_ids=ids, images=images).logits
 
-    def answer(self, *asked, tokens=6, **options):
+    def written(self, *asked, tokens=6, **options):
         ids, images = self.inputs(*asked, **options)
-        written = self.model.generate(inputs=ids, images=images, max_new_tokens=tokens, do_sample=False)
-        return self.tokenizer.decode(written[0], skip_special_tokens=True).strip()
+        return self.model.generate(inputs=ids, images=images, max_new_tokens=tokens, do_sample=False)[0].tolist()
+
+    def answer(self, *asked, **options):
+        return self.tokenizer.decode(self.written(*asked, **options), skip_special_tokens=True).strip()
 
 
 class Native:
@@ -58,7 +60,10 @@ class Native:
         with torch.no_grad():
             return self.model(**self.inputs(*asked)).logits
 
-    def answer(self, *asked, tokens=6):
+    def written(self, *asked, tokens=6):
         inputs = self.inputs(*asked)
-        written = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        return self.processor.decode(written[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+        written = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
+        return written[inputs.input_ids.shape[1] :].tolist()
+
+    def answer(self, *asked, **options):
+        return self.processor.decode(self.written(*asked, **options), skip_special_tokens=True).strip()

@@ -1,5 +1,7 @@
 """Upstream's LLaVA and transformers', asked the same."""
 
+import shutil
+
 import pytest
 import transformers
 from packaging.version import Version
@@ -18,6 +20,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "llava_mixlora/native/" in str(item.path):
                 item.add_marker(pytest.mark.skip(reason=f"export-hf needs transformers {OLDEST}"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(exact_tokenizer_folder):
+    """One that takes text as it stands, as Llama's does: before transformers 5 the two classes use others otherwise."""
+    return exact_tokenizer_folder
+
+
+@pytest.fixture(scope="session")
+def llava_folder(_llava, tokenizer_folder, tmp_path_factory):
+    """The tiny LLaVA as a checkpoint with this tokenizer."""
+    folder = tmp_path_factory.mktemp("llava-base-exact")
+    _llava.save_pretrained(folder)
+    shutil.copytree(tokenizer_folder, folder, dirs_exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

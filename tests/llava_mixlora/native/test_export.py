@@ -59,7 +59,7 @@ def test_an_adapter_gives_the_same_logits_and_answers(adapter, llava_folder, exp
         without = native.logits(picture, QUESTIONS[0])
     assert not torch.allclose(native.logits(picture, QUESTIONS[0]), without, atol=1e-2)
     for question in QUESTIONS:
-        assert native.answer(picture, question) == upstream.answer(picture, question)
+        assert native.written(picture, question) == upstream.written(picture, question)
 
 
 def test_the_adapter_touches_the_language_model_alone(adapter, llava_folder, exported):
