@@ -384,6 +384,7 @@ def _open_scope(
     else:
         _read_inputs(scope, inputs, inputs.get("labels"))
     _name_adapters(scope, inputs)
+    _see_pictures(scope, inputs)
     _state.scope = scope
     return (args, given) if TASKS in kwargs else None
 
@@ -429,6 +430,7 @@ def _enter_part(
         return _open_scope(module, args, kwargs)
     shape = _shape(inputs)
     if shape is None or (shape == scope.shape and not _is_encoder_decoder(scope.root)):
+        _see_pictures(scope, inputs)
         scope.settle(_averages_of(scope))
         return None
     part = scope.part()
@@ -546,6 +548,26 @@ def _read_inputs(scope: RoutingScope, inputs: dict[str, Any], labels: Any) -> No
     scope.set_positions(shape, attended, answered, starts, prompt, given, known is not None, images, images_unknown)
     if isinstance(embeddings := inputs.get("inputs_embeds"), Tensor):
         scope.see_words(embeddings)
+
+
+def _see_pictures(scope: RoutingScope, inputs: dict[str, Any]) -> None:
+    """Take in what a decoder's layers attend to in pictures (Mllama's), which are no positions of its sequence.
+
+    `cross_attention_states` [B·n, P, d], a row for each of n tiles; `cross_attention_mask` [B, 1, S, n·P] is 0 where a
+    position attends, and all of it where `full_text_row_masked_out_mask` [B, 1, S, 1] is 0, before the first picture.
+    """
+    states, shape = inputs.get("cross_attention_states"), _shape(inputs)
+    if not isinstance(states, Tensor) or states.ndim != 3 or shape is None or len(states) % max(1, shape[0]):
+        return
+    places = shape[0], states.shape[:2].numel() // shape[0]
+    mask, sees = inputs.get("cross_attention_mask"), inputs.get("full_text_row_masked_out_mask")
+    attended = None
+    if isinstance(mask, Tensor) and isinstance(sees, Tensor) and mask.shape[-1] == places[1]:
+        attended = ((mask == 0) & (sees != 0)).any(dim=2)[:, 0]
+    pictures = scope.part()
+    pictures.role, pictures.asked_by = "encoder", scope
+    pictures.set_positions(places, attended)
+    scope.memory = states, pictures
 
 
 def _images(scope: RoutingScope, inputs: dict[str, Any], shape: tuple[int, int]) -> tuple[Tensor | None, str | None]:

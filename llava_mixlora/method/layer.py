@@ -172,20 +172,22 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
         if disabled:
             return self.base_layer(x, *args, **kwargs)
         scope, again = scope_of_layer()
+        given = x
         if scope is not None:
             scope = scope.sequence_of(x, self.identity)
+            x = scope.by_instance(x)
         if adapter_names is None and scope is not None:
             adapter_names = scope.adapter_names
         if adapter_names is not None:
             self._check_adapter_names(x, adapter_names)
         if merged:
-            return self.base_layer(x, *args, **kwargs)
+            return self.base_layer(given, *args, **kwargs)
         # Autograd runs what was called last first. Routing comes before the base layer, so that gradients of routers
         # and W_AB, which stay, are made when the large ones on the way to x are gone: it decides the peak of memory.
         active = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         factors_A = self.mixlora_A
         routed = [self._routed(x, adapter, adapter_names, scope, again) for adapter in active if adapter in factors_A]
-        result = self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(given, *args, **kwargs)
         for adapter, sequence, cores, segments in routed:
             dropout = self.mixlora_dropout[adapter]
             z = F.linear(sequence if isinstance(dropout, nn.Identity) else dropout(sequence), factors_A[adapter])
@@ -195,7 +197,7 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
                 update = torch.matmul(segments.apply(z, cores), self.mixlora_B[adapter])
             if update.dtype != result.dtype:
                 update = update.to(result.dtype)
-            result = result + (update if update.ndim == result.ndim else update.view(result.shape))
+            result = result + (update if update.shape == result.shape else update.view(result.shape))
             if self.training or self.observer is not None:
                 self._observe(sequence, z, cores, segments, adapter, scope, again)
         return result

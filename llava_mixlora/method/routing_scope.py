@@ -79,6 +79,7 @@ class RoutingScope:
         self.role: str | None = None  # "encoder" or "decoder" in a model of both
         self.memory: tuple[Tensor, RoutingScope] | None = None  # what an encoder made for this decoder
         self._of_memory: set[str] = set()  # layers that see it
+        self.asked_by: RoutingScope | None = None  # of pictures that are attended to: the scope of the text
         self.begins: Tensor | None = None  # token ids that a generation without a cache begins with
         self.outer: RoutingScope | None = None
         self.whole: RoutingScope = self  # that this is a part of
@@ -126,6 +127,12 @@ class RoutingScope:
         if x is states or (scope.covers(x) and not self.covers(x)):
             self._of_memory.add(layer)  # a checkpoint may run the layer again on a copy of them
         return scope if layer in self._of_memory else self
+
+    def by_instance(self, x: Tensor) -> Tensor:
+        """x of pictures [B·n, P, d], a row for each picture or tile, as the scope's instances [B, n·P, d]."""
+        if self.asked_by is None or x.ndim != 3 or x.shape[:2].numel() != self._extent.numel():
+            return x
+        return x.reshape(*self.shape, x.shape[-1])
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -176,8 +183,16 @@ class RoutingScope:
     def words(self, adapter: str, router_scope: str) -> Tensor | None:
         """u of every instance, float32 [B, d_model], or [G, d_model] of the [`segments`]; None without word vectors.
 
-        One average for all layers; see `word_centre`.
+        One average for all layers; see `word_centre`. Pictures that a text attends to have the words of that text, and
+        in a conversation of its first question, under which a cache keeps them.
         """
+        if self.asked_by is not None:
+            words = self.asked_by.words(adapter, router_scope)
+            segments = self.asked_by.segments(router_scope, False)
+            if words is None or segments is None:
+                return words
+            rows = torch.arange(self.shape[0], device=words.device)
+            return words[torch.searchsorted(segments.row.to(words.device), rows)]
         key = adapter, router_scope
         if key not in self._words and self._embeddings is not None:
             segments, weights = self._division(router_scope, False, text_only=True)
