@@ -417,11 +417,17 @@ class RoutingScope:
 
     def hold(self, key: tuple[str, str], core: Tensor) -> None:
         """Keep a core for the rest of the generation."""
+        segments = None if self.asked_by is None else self.asked_by._any_segments()
+        if segments is not None:  # as those of the text's layers lie
+            core = core.index_select(0, segments.row.to(core.device))
         self.computed[key] = core.detach()
+
+    def _any_segments(self) -> Segments | None:
+        return next((each for each, _ in self._divided.values() if each is not None), None)
 
     def routes(self) -> HeldRoutes:
         """What was held before this forward pass and what it has computed."""
-        segments = next((each for each, _ in self._divided.values() if each is not None), None)
+        segments = self._any_segments()
         return self.held.joined(self.computed, None if segments is None else segments.last)
 
     def part(self) -> RoutingScope:

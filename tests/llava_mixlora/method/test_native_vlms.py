@@ -373,3 +373,15 @@ def test_the_picture_of_a_conversation_takes_its_first_questions_route(name, bas
         scores = scores_of(model, batch)
     torch.testing.assert_close(scores[pictures][0], scores[questions][0])
     assert not torch.allclose(scores[pictures][0], scores[questions][1])
+
+
+@pytest.mark.parametrize("name", ["Mllama"])
+def test_a_conversation_about_a_picture_is_generated_alike_with_a_cache_and_without(name, base):
+    model = randomise(adapted(base), scale=0.3).eval()
+    batch = batch_of(name, trains=False)
+    answers = torch.zeros_like(batch["attention_mask"], dtype=torch.bool)
+    answers[:, 4:6] = True
+    options = {**batch, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with known_prompt(answers=answers):
+        expected = model.generate(**options, use_cache=True)
+        assert torch.equal(model.generate(**options, use_cache=False), expected)
