@@ -116,7 +116,7 @@ class Patch:
     def _error(self, problem: str) -> PatchError:
         return PatchError(
             f"cannot patch {self.target}: {problem}. It comes from {_origin(self.module.partition('.')[0])}. The patch "
-            f"is there because {self.why}; is this a fork or a version of LLaVA that the plugin does not know?"
+            f"is there because {self.why}; is this a fork or a version that the plugin does not know?"
         )
 
 

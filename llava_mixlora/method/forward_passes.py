@@ -33,6 +33,7 @@ from .held_routes import HeldRoutes, bind, routes_of
 from .known_prompt import KnownPrompt
 from .model_inputs import (
     IGNORE_INDEX,
+    answered_positions,
     attended_positions,
     cached_instances,
     cached_positions,
@@ -525,7 +526,7 @@ def _read_inputs(scope: RoutingScope, inputs: dict[str, Any], labels: Any) -> No
     if scope.goes_on and shape[1] == 1:
         scope.set_positions(shape, attended)
         return
-    answered = labels != IGNORE_INDEX if isinstance(labels, Tensor) and tuple(labels.shape) == shape else None
+    answered = answered_positions(labels, inputs.get("logits_to_keep"), shape)
     prompt = None
     begin = cached_positions(cache)
     if known is not None and not (begin and scope.held.cores):

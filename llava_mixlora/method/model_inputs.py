@@ -77,6 +77,37 @@ def attended_positions(mask: Any, shape: tuple[int, int], cache: Any = None) -> 
     return None
 
 
+def answered_positions(labels: Any, kept: Any, shape: tuple[int, int]) -> Tensor | None:
+    """What `labels` tell of the answers, bool [B, S], True there; None where they are not those of the sequence.
+
+    `kept`: the model's `logits_to_keep`, a number of positions at the end or their indices or a mask [S]. Trainers that
+    leave out logits which no label needs (ms-swift's) cut the labels to as many, of which the j-th is what the logits
+    before it predict: that of the position after the (j-1)-th that is kept.
+    """
+    if not isinstance(labels, Tensor):
+        return None
+    if tuple(labels.shape) == shape:
+        return labels != IGNORE_INDEX
+    places = _kept_positions(kept, shape[1])
+    if places is None or tuple(labels.shape) != (shape[0], len(places)):
+        return None
+    answered = torch.zeros(shape, dtype=torch.bool, device=labels.device)
+    answered[:, places[:-1].to(labels.device) + 1] = labels[:, 1:] != IGNORE_INDEX
+    return answered
+
+
+def _kept_positions(kept: Any, length: int) -> Tensor | None:
+    """`logits_to_keep` as rising indices; None where it keeps everything, or is something else."""
+    if isinstance(kept, int) and not isinstance(kept, bool):
+        return torch.arange(length - kept, length) if 0 < kept < length else None
+    if not isinstance(kept, Tensor) or kept.ndim != 1:
+        return None
+    if kept.dtype == torch.bool:
+        return kept.nonzero()[:, 0] if len(kept) == length else None
+    in_order = bool((kept[1:] > kept[:-1]).all()) and bool((kept >= 0).all()) and bool((kept < length).all())
+    return kept if in_order else None
+
+
 def cached_positions(cache: Any) -> int:
     """How many positions a cache holds; 0 where there is none, or of a kind that cannot tell."""
     if isinstance(cache, Cache):

@@ -18,6 +18,7 @@ ORDER = (
     "data",
     "training",
     "patches",
+    "integrations",
     "inference",
     "evaluation",
     "merging",
@@ -119,6 +120,15 @@ def test_method_imports_what_lies_on_the_ground_and_no_other_room():
 def test_method_imports_nothing_of_llava():
     for file in (ROOT / "llava_mixlora" / "method").glob("*.py"):
         assert not re.search(r"^\s*(from|import) llava\b", file.read_text(encoding="utf-8"), flags=re.M), file
+
+
+def test_nothing_imports_what_needs_another_framework():
+    importers = {
+        name
+        for name, found in graph(LIBRARY).items()
+        if any(imported.startswith("llava_mixlora.integrations") for imported in found)
+    }
+    assert importers and {floor_of(name) for name in importers} == {"integrations"}
 
 
 def test_every_room_says_what_lives_there():

@@ -6,7 +6,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from llava_mixlora.method.model_inputs import CUMULATIVE_LENGTHS, attended_positions, sample_starts
+from llava_mixlora.method.model_inputs import (
+    CUMULATIVE_LENGTHS,
+    answered_positions,
+    attended_positions,
+    sample_starts,
+)
 
 from ...tiny import message_of
 
@@ -215,3 +220,30 @@ def test_blocks_that_attend_to_each_other_are_refused(as_told):
 def test_lengths_that_are_no_division_are_refused(name, ends):
     message = message_of(starts_of, SHAPE, **{name: torch.tensor(ends, dtype=torch.int32)})
     assert message == f"{name}={ends}: expected lengths summed up from 0 to the 8 positions of the sequence"
+
+
+LABELS = torch.tensor([[-100, -100, 5, 6, -100, -100, 7, 8, -100], [-100, -100, -100, 5, 6, 7, -100, -100, 9]])
+"""Two answers in each row."""
+
+
+@pytest.mark.parametrize("as_indices", [False, True])
+def test_answers_are_found_in_labels_that_were_cut_to_the_logits_that_are_kept(as_indices):
+    shape, kept = tuple(LABELS.shape), 8
+    given = torch.arange(1, 9) if as_indices else kept
+    assert torch.equal(answered_positions(LABELS[:, -kept:], given, shape), LABELS != -100)
+    assert torch.equal(answered_positions(LABELS, None, shape), LABELS != -100)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_answers_are_found_where_a_mask_keeps_what_predicts_a_label(row):
+    labels = LABELS[row : row + 1]
+    answered = labels != -100
+    keeps = torch.cat((answered[0, 1:], torch.tensor([True])))  # the last one predicts nothing
+    cut = torch.cat((torch.tensor([[-100]]), labels[answered][None]), dim=1)
+    assert torch.equal(answered_positions(cut, keeps, tuple(labels.shape)), answered)
+
+
+@pytest.mark.parametrize("kept", [None, 0, 9, 7, True, torch.arange(6), torch.tensor([8, 1, 2, 3, 4, 5, 6, 7]), "all"])
+def test_labels_of_another_length_tell_nothing_of_answers(kept):
+    assert answered_positions(LABELS[:, -8:], kept, tuple(LABELS.shape)) is None
+    assert answered_positions(None, kept, tuple(LABELS.shape)) is None

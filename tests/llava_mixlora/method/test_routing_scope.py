@@ -95,6 +95,18 @@ def test_training_routes_as_inference_on_the_prompt_does(llama):
     assert routes(model) == trained
 
 
+def test_labels_cut_to_the_logits_that_are_kept_route_as_whole_ones(llama):
+    model = adapt(llama)
+    ids = random_ids(2, 9)
+    labels = ids.clone()
+    labels[0, :4] = labels[1, :6] = IGNORE_INDEX
+    loss = model(input_ids=ids, labels=labels).loss
+    expected = routes(model), scores(model)
+    cut = model(input_ids=ids, labels=labels[:, -6:], logits_to_keep=6)
+    assert (routes(model), cut.logits.shape[1]) == (expected[0], 6)
+    torch.testing.assert_close((scores(model), cut.loss), (expected[1], loss))
+
+
 def test_row_without_a_prompt_falls_back_to_what_is_attended(llama):
     model = adapt(llama)
     ids = random_ids(2, 6)
