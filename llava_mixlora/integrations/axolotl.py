@@ -1,5 +1,7 @@
 """MixLoRA in axolotl: `adapter: mixlora`, with `llava_mixlora.integrations.axolotl.MixLoraPlugin` among its plugins."""
 
+# ruff: noqa: E402 -- a missing framework is told of before it is imported
+
 from __future__ import annotations
 
 from typing import Any

@@ -4,6 +4,8 @@ A setting `mixlora:`, fields of `MixLoraConfig`, beside those of `finetuning_typ
 LLaMA-Factory has no door for further methods, so its adapter module is patched ([`PATCHES`]), in the running process.
 """
 
+# ruff: noqa: E402 -- a missing framework is told of before it is imported
+
 from __future__ import annotations
 
 import functools
@@ -119,8 +121,8 @@ def _check_adapters(adapters: list[str], of_mixlora: list[bool], finetuning_args
         )
     if len(adapters) > 1 or finetuning_args.create_new_adapter:
         raise MixLoraError(
-            f"adapter_name_or_path={','.join(adapters)}: LLaMA-Factory merges all but the adapter that it trains, and a "
-            "merged MixLoRA answers otherwise; name one adapter, without create_new_adapter"
+            f"adapter_name_or_path={','.join(adapters)}: LLaMA-Factory merges all but the adapter that it trains, and "
+            "a merged MixLoRA answers otherwise; name one adapter, without create_new_adapter"
         )
 
 

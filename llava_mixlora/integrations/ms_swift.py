@@ -3,6 +3,8 @@
 `python -m llava_mixlora.integrations.ms_swift` prints the path.
 """
 
+# ruff: noqa: E402 -- a missing framework is told of before it is imported
+
 import contextlib
 import os
 import sys
