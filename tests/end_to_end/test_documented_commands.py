@@ -24,6 +24,7 @@ TESTED_BY = {
     "bash scripts/test.sh": ".ci/run",
     "bash scripts/test_stacks.sh": ".ci/run",
     "bash scripts/test_patches.sh": "tests/without_patches.py",
+    "bash scripts/test_frameworks.sh": "tests/end_to_end/test_frameworks.py",
     "python -m playground.plain_peft": "tests/playground/test_plain_peft.py",
     "llava-mixlora run -m lmms_eval": "tests/end_to_end/test_lmms_eval.py",
     "llava-mixlora run -m llava.serve.controller": "tests/end_to_end/test_serving.py",
