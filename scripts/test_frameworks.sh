@@ -3,7 +3,7 @@
 #
 #   bash scripts/test_frameworks.sh [PYTEST ARGUMENT ...]
 #
-# They lie in .stacks/, 1.7 GB, with what their programs import and no more, beside the packages of the environment.
+# They lie in .stacks/, 1.6 GB, with what their programs import and no more, beside the packages of the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then

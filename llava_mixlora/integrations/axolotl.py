@@ -135,6 +135,6 @@ def _quantization(cfg: Any) -> dict[str, Any]:
         "load_in_4bit": True,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16" if cfg.get("bf16") not in (None, False) else "float32",
+        "bnb_4bit_compute_dtype": "bfloat16" if cfg.get("bf16") else "float16" if cfg.get("fp16") else "float32",
     }
     return {**of_qlora, **(cfg.get("bnb_config_kwargs") or {})}
