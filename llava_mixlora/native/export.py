@@ -15,11 +15,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from packaging.version import Version
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from tqdm import tqdm
 from transformers import __version__ as TRANSFORMERS
+from transformers.models.llava import modeling_llava
 
 from ..adapters.adapter_folder import INPUT_EMBEDDINGS, is_adapter
 from ..adapters.adapter_record import AdapterRecord, KnownModel, known_model, read_record
@@ -169,7 +169,7 @@ def _source(folder: Path, model_base: str | None, choices: ModelChoices) -> _Sou
 
 
 def _check_transformers() -> None:
-    if Version(TRANSFORMERS) < Version(OLDEST):
+    if not hasattr(modeling_llava, "LlavaModel"):  # the module `model`, which the names are of
         raise MixLoraError(
             f"transformers {TRANSFORMERS} names the parts of its LLaVA otherwise; export-hf needs {OLDEST} or newer: "
             "run it in an environment that has it, the result needs it too"
