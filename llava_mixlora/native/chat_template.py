@@ -41,7 +41,7 @@ _SPOKEN = """\
 @TURN@{%- if message['role'] == 'user' -%}
 {{- ASKER + spoken.text + SEPARATOR -}}
 {%- else -%}
-{{- ANSWERER + spoken.text + END -}}
+{{- OPEN -}}@ANSWER@{{- SPACE + spoken.text + END -}}@ANSWERED@
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- OPEN -}}{%- endif -%}
@@ -58,22 +58,24 @@ _LLAMA_2 = """\
 {%- set begun.separator = SEPARATOR -%}
 {%- set begun.system = '' -%}
 {%- else -%}
-{{- ' ' + spoken.text + ' ' + END -}}
+@ANSWER@{{- ' ' + spoken.text + ' ' + END -}}@ANSWERED@
 {%- endif -%}
 {%- endfor -%}
 """
 
 
-def chat_template(template: Any, image: str = IMAGE) -> str:
+def chat_template(template: Any, image: str = IMAGE, training: bool = False) -> str:
     """A conversation template of LLaVA in Jinja.
 
     Args:
         template: a `llava.conversation.Conversation`, of which the texts are taken, and no message.
         image: what stands for an image, such as `<im_start><image><im_end>`.
+        training: whether it is for trainers such as TRL's, which put nothing before a text and ask the template what
+            the assistant says. Those tokens have the labels that upstream's `preprocess` gives them.
 
     Returns:
         A chat template. A system message takes the place of LLaVA's; what the tokenizer puts before a text (Llama's
-        `<s>`) is not in it.
+        `<s>`) is in it for training only.
 
     Raises:
         MixLoraError: the template has no questions and answers (`plain`), or shows images in a turn of their own.
@@ -94,11 +96,13 @@ def chat_template(template: Any, image: str = IMAGE) -> str:
         "EXAMPLES": template.get_prompt().removeprefix(template.system + template.sep),
         "END": template.sep2 if style in ("TWO", "LLAMA_2") else template.sep,
         "ASKER": f"{asker}{colon}{space}",
-        "ANSWERER": f"{answerer}{colon}{space}",
         "OPEN": f"{answerer}{colon}",
+        "SPACE": space,
         "IMAGE": f"{image}\n",
     }
     body = _LLAMA_2 if style == "LLAMA_2" else _SPOKEN
+    marks = ("{%- generation -%}", "{%- endgeneration -%}") if training else ("", "")
+    body = body.replace("@ANSWER@", marks[0]).replace("@ANSWERED@", marks[1])
     body = body.replace("@SYSTEM@", _SYSTEM).replace("@TURN@", _TURN)
     used = (f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}" for name, text in values.items())
-    return "\n".join([*used, body])
+    return "\n".join([*(["{{- bos_token -}}"] if training else []), *used, body])

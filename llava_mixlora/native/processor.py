@@ -21,6 +21,8 @@ TEMPLATE = "v1"
 PROCESSOR = "LlavaProcessor"
 IMAGE_PROCESSING, PROCESSING = "preprocessor_config.json", "processor_config.json"
 TOKENIZING = "tokenizer_config.json"
+TRAINING_TEMPLATE = "training_template.jinja"
+"""The chat template for training, which TRL takes as `chat_template_path`."""
 QUESTIONS = ("What is shown?", "And what is beside it? Answer in one word.", " Two  blanks, a line\nand 1234 ünïcodé.")
 
 
@@ -69,8 +71,9 @@ def write_processor(
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     of_tokenizer = {**read_json(folder / TOKENIZING), "processor_class": PROCESSOR, "padding_side": "left"}
-    jinja = chat_template(_conversation(template), _image_text(config))
-    (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+    for name, training in (("chat_template.jinja", False), (TRAINING_TEMPLATE, True)):
+        jinja = chat_template(_conversation(template), _image_text(config), training)
+        (folder / name).write_text(jinja, encoding="utf-8")
     of_processor = {
         "processor_class": PROCESSOR,
         "patch_size": patch_size,
