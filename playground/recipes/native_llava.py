@@ -81,7 +81,7 @@ def halve_tower(model: PreTrainedModel) -> None:
     """Run the vision tower in float16, as upstream's train() does unless it is told `--bf16`."""
 
     def widen(tower: Any, inputs: Any, output: Any) -> Any:
-        output["hidden_states"] = tuple(hidden.float() for hidden in output["hidden_states"])
+        output["hidden_states"] = tuple(h if h is None else h.float() for h in output["hidden_states"])
         return output
 
     model.model.vision_tower.half().register_forward_hook(widen)

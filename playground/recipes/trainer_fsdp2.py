@@ -52,6 +52,8 @@ def main(words: list[str] | None = None) -> None:
     trainer.save_model()  # gathers the shards, in which all processes help
     if processes.is_main_process:
         print(f"adapter of {given.native}: {given.output}")
+    processes.wait_for_everyone()  # while the first one writes
+    processes.destroy_process_group()
 
 
 if __name__ == "__main__":
