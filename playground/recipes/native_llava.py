@@ -87,9 +87,9 @@ def halve_tower(model: PreTrainedModel) -> None:
     model.model.vision_tower.half().register_forward_hook(widen)
 
 
-def adapted(model: PreTrainedModel) -> PeftModel:
+def adapted(model: PreTrainedModel, **form: Any) -> PeftModel:
     """The model with a new adapter in its decoder; its projector is trained too, as upstream's train() does."""
-    config = MixLoraConfig(lora_alpha=32, modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM")
+    config = MixLoraConfig(lora_alpha=32, modules_to_save=["multi_modal_projector"], task_type="CAUSAL_LM", **form)
     return get_peft_model(model, config)
 
 
