@@ -62,7 +62,7 @@ def test_trl_learns_from_pictures_what_upstreams_train_learns(inputs, tmp_path):
 
 def test_dpo_prefers_right_answers(inputs, tmp_path):
     said = run(inputs, tmp_path, "playground.recipes.trl_dpo", "--steps", "6")
-    first, last = map(float, re.search(r"wrong ones: (\S+) at first, (\S+) at last", said).groups())
+    first, last = map(float, re.search(r"wrong answers: (\S+) at first, (\S+) at last", said).groups())
     assert first == 0 < last  # the reference is the model without its adapter
     assert not [file for file in (tmp_path / "out").rglob("adapter_config.json") if file.parent.name == "ref"]
 
