@@ -26,11 +26,12 @@ if [[ "${1:-}" != "--quick" ]]; then
     done
 fi
 
+export OMP_NUM_THREADS=1 # the processes that share the tests are as many as the cores
 ruff check .
 ruff format --check .
 processes="$(nproc)"
 if [[ "${1:-}" == "--quick" ]]; then
-    exec env OMP_NUM_THREADS=1 python -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist worksteal \
+    exec python -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist worksteal \
         --ignore tests/end_to_end -m "not slow" "${@:2}"
 fi
 if [[ $# -gt 0 ]]; then

@@ -31,6 +31,7 @@ tests=(
     tests/end_to_end/test_launchers.py tests/end_to_end/test_checkpoints.py tests/end_to_end/test_serving.py
     tests/patches tests/llava_mixlora
 )
+export OMP_NUM_THREADS=1
 export TESTS_COMPILED="$PWD/.stacks/compiled" # of all stacks, which have the same torch
 shared="$(mktemp -d)"
 trap 'rm -rf "$shared"' EXIT
