@@ -23,6 +23,7 @@ TESTED_BY = {
     "bash scripts/finetune_mixlora_qlora.sh": "tests/end_to_end/test_main_job.py",
     "bash scripts/test.sh": ".ci/run",
     "bash scripts/test_stacks.sh": ".ci/run",
+    "bash scripts/test_peft.sh": "scripts/test.sh",
     "bash scripts/test_patches.sh": "tests/without_patches.py",
     "bash scripts/test_frameworks.sh": "tests/end_to_end/test_frameworks.py",
     "python -m playground.plain_peft": "tests/playground/test_plain_peft.py",
