@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed"),
 ]
 ANSWERS = ["red", "green", "a circle", "blue square", "red circle", "blue", "a square", "green shape"]
-TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 CALM = ["--optim", "sgd", "--learning-rate", "0.1"]  # Adam makes full steps of what is rounding noise in a gradient
 
 
