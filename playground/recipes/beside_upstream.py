@@ -24,8 +24,6 @@ from playground.recipes import native_llava, trl_sft
 def main(words: list[str] | None = None) -> None:
     """Train twice as the command line says, and print what differs."""
     parser = native_llava.parser(__doc__, "beside-upstream", steps=20)
-    # Adam makes full steps of what is rounding noise in a gradient.
-    parser.set_defaults(optim="sgd", learning_rate=0.1)
     given = parser.parse_args(words)
     native_llava.check(given, parser)
 

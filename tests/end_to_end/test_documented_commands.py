@@ -29,7 +29,7 @@ TESTED_BY = {
     "python -m playground.plain_peft": "tests/playground/test_plain_peft.py",
     "python -m playground.recipes.beside_upstream": "tests/end_to_end/test_recipes.py",
     "python -m playground.recipes.trl_dpo": "tests/end_to_end/test_recipes.py",
-    "python -m playground.recipes.trl_sft": "playground/recipes/beside_upstream.py",
+    "python -m playground.recipes.trl_sft": "tests/end_to_end/test_recipes.py",
     "torchrun --nproc_per_node 2 -m playground.recipes.trainer_fsdp2": "tests/end_to_end/test_recipes.py",
     "llava-mixlora run -m lmms_eval": "tests/end_to_end/test_lmms_eval.py",
     "llava-mixlora run -m llava.serve.controller": "tests/end_to_end/test_serving.py",

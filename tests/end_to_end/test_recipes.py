@@ -53,7 +53,8 @@ def losses(folder):
 
 
 def test_trl_learns_from_pictures_what_upstreams_train_learns(inputs, tmp_path):
-    said = run(inputs, tmp_path, "playground.recipes.beside_upstream", "--steps", "4")
+    """`beside_upstream` trains with `trl_sft`."""
+    said = run([*inputs, *CALM], tmp_path, "playground.recipes.beside_upstream", "--steps", "4")
     upstream, native = losses(tmp_path / "out" / "llava-upstream"), losses(tmp_path / "out" / "trl")
     assert len(upstream) == 4 and upstream.std() > 1e-2
     assert torch.allclose(native, upstream, atol=1e-4, rtol=0)
@@ -76,7 +77,10 @@ def test_fsdp2_learns_what_one_process_learns(inputs, tmp_path):
     assert torch.allclose(losses(two), losses(one), atol=1e-4, rtol=0)
     found, expected = (load_file(folder / "adapter_model.safetensors") for folder in (two, one))
     assert found.keys() == expected.keys()
-    assert all(torch.allclose(found[name].double(), each.double(), atol=1e-4) for name, each in expected.items())
+    trained = [name for name in expected if "mixlora_stats" not in name]
+    assert len(trained) > 14 and all(torch.allclose(found[name], expected[name], atol=1e-4) for name in trained)
+    counts = [name for name in expected if name.endswith("mixlora_stats_usage")]
+    assert counts and all(torch.equal(found[name], expected[name]) for name in counts)
     from playground.recipes import native_llava
 
     base, _ = native_llava.load(tmp_path / "two" / "native")

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoProcessor
 
 from llava_mixlora import MixLoraConfig
 from llava_mixlora.adapters.adapter_folder import read_non_lora_trainables, write_non_lora_trainables
@@ -14,6 +15,7 @@ from llava_mixlora.cli import main
 from llava_mixlora.inference.loading import load_for_inference
 from llava_mixlora.merging.merge import merge
 from llava_mixlora.native.export import export_hf
+from llava_mixlora.native.processor import TRAINING_TEMPLATE
 
 from ...tiny import LINEAR_LAYERS, layers, message_of, plain, write_adapter
 from ...two_llavas import Native, Upstream
@@ -128,6 +130,37 @@ def test_all_features_of_the_tower(changed, exported, pictures):
 def test_conversation_templates(version, llava_folder, tmp_path, pictures):
     export_hf(llava_folder, tmp_path / "native", version=version)
     assert_same(Upstream(llava_folder), Native(tmp_path / "native"), pictures[:1], version=version)
+
+
+@pytest.mark.parametrize("version", ["v1", "llava_llama_2"])
+def test_the_template_for_training_has_upstreams_tokens_and_labels(version, llava_folder, tmp_path, monkeypatch):
+    """As TRL asks for them: nothing is put before a text, and the template tells what the assistant says."""
+    import llava.conversation
+    from llava.train.train import preprocess
+
+    export_hf(llava_folder, tmp_path / "native", version=version)
+    upstream, processor = Upstream(llava_folder), AutoProcessor.from_pretrained(tmp_path / "native")
+    upstream.tokenizer.pad_token = upstream.tokenizer.unk_token  # as train() does
+    monkeypatch.setattr(llava.conversation, "default_conversation", llava.conversation.conv_templates[version])
+    turns = [["What color?", "red"], ["And the shape?", "A blue circle, it is."]]
+    sources = [{"from": who, "value": text} for pair in turns for who, text in zip(("human", "gpt"), pair)]
+    sources[0]["value"] = f"<image>\n{sources[0]['value']}"
+    made = preprocess([sources], upstream.tokenizer, has_image=True)
+    ids, labels = made["input_ids"][0], made["labels"][0]
+    messages = [{"role": who, "content": text} for pair in turns for who, text in zip(("user", "assistant"), pair)]
+    messages[0]["content"] = [{"type": "image"}, {"type": "text", "text": turns[0][0]}]
+    for message in messages[1:]:
+        message["content"] = [{"type": "text", "text": message["content"]}]
+    found = processor.tokenizer.apply_chat_template(
+        messages,
+        chat_template=(tmp_path / "native" / TRAINING_TEMPLATE).read_text(),
+        return_assistant_tokens_mask=True,
+        return_dict=True,
+    )
+    expected = torch.where(ids == -200, processor.image_token_id, ids).tolist()
+    assert found["input_ids"] == expected
+    assert [bool(each) for each in found["assistant_masks"]] == (labels != -100).tolist()
+    assert 4 < sum(found["assistant_masks"]) < len(ids) - 20
 
 
 def test_the_template_of_the_training_is_taken(adapter, llava_folder, exported, pictures):
