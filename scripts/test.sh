@@ -29,7 +29,7 @@ fi
 export OMP_NUM_THREADS=1 # the processes that share the tests are as many as the cores
 ruff check .
 ruff format --check .
-processes="$(nproc)"
+processes="$(env -u OMP_NUM_THREADS nproc)" # which goes by it
 if [[ "${1:-}" == "--quick" ]]; then
     exec python -m pytest --numprocesses "$((processes < 4 ? processes : 4))" --dist worksteal \
         --ignore tests/end_to_end -m "not slow" "${@:2}"

@@ -76,7 +76,7 @@ of_stack() {
 }
 
 # All at once, with one process or more each: much of it waits for a single one. What they say comes when they end.
-processes="$(($(nproc) / ${#stacks[@]}))"
+processes="$(($(env -u OMP_NUM_THREADS nproc) / ${#stacks[@]}))" # nproc goes by it
 failed=0
 running=()
 summary=()
