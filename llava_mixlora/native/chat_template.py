@@ -64,7 +64,7 @@ _LLAMA_2 = """\
 """
 
 
-def chat_template(template: Any, image: str = IMAGE, training: bool = False) -> str:
+def chat_template(template: Any, image: str = IMAGE, training: bool = False, begins: bool = True) -> str:
     """A conversation template of LLaVA in Jinja.
 
     Args:
@@ -72,6 +72,7 @@ def chat_template(template: Any, image: str = IMAGE, training: bool = False) -> 
         image: what stands for an image, such as `<im_start><image><im_end>`.
         training: whether it is for trainers such as TRL's, which put nothing before a text and ask the template what
             the assistant says. Those tokens have the labels that upstream's `preprocess` gives them.
+        begins: whether the tokenizer puts a token before a text.
 
     Returns:
         A chat template. A system message takes the place of LLaVA's; what the tokenizer puts before a text (Llama's
@@ -105,4 +106,4 @@ def chat_template(template: Any, image: str = IMAGE, training: bool = False) -> 
     body = body.replace("@ANSWER@", marks[0]).replace("@ANSWERED@", marks[1])
     body = body.replace("@SYSTEM@", _SYSTEM).replace("@TURN@", _TURN)
     used = (f"{{%- set {name} = {json.dumps(text, ensure_ascii=False)} -%}}" for name, text in values.items())
-    return "\n".join([*(["{{- bos_token -}}"] if training else []), *used, body])
+    return "\n".join([*(["{{- bos_token -}}"] if training and begins else []), *used, body])

@@ -40,14 +40,15 @@ from ..method.model_card import write_card
 from ..method.stored_tensors import allowing_incomplete
 from ..method.tensor_names import PEFT_PREFIX
 from ..writing import save_tensors
-from .form import check_can_be_native, native_config, vision_config
-from .names import NATIVE_LAYER, native_name, native_pattern, targets_of
+from .form import check_can_be_native, check_can_be_renamed, native_config, vision_config
+from .names import NATIVE_LAYER, native_name, native_patterns, native_saved, targets_of
 from .native_card import native_record
 from .processor import TEMPLATE, ImageToken, check_prompts, write_processor
-from .tensors import BY_TOKEN, EMBEDDINGS, TOWER, grown, native_tensors, tower_tensors
+from .tensors import BY_TOKEN, EMBEDDINGS, TOWER, grown, native_tensors, of_whole_model, tower_tensors
 
 FLAG = "--save-model-path"
 ADAPTER_FOLDER = "adapter"
+GENERATION = "generation_config.json"
 OLDEST = "4.52"
 """transformers' first version whose LLaVA has the names of [`names`] and a processor that counts as upstream does."""
 BESIDE_THE_WEIGHTS = 64 << 20  # bytes: tokenizer and configuration, generously
@@ -122,8 +123,9 @@ def export_hf(
         native = native_config(config, vision, token.rows, token.token_id, embeddings.dtype)
         native.save_pretrained(unfinished)
         check_prompts(unfinished, source.tokenizer, config, template, native.image_seq_length)
-        _write_generation_config(native, token, rows, unfinished)
-        write_shards(_with_progress(_tensors(source, token)), unfinished)
+        _write_generation_config(native, token, rows, source.base, unfinished)
+        tensors = of_whole_model(_tensors(source, token), native, source.base)
+        write_shards(_with_progress(tensors), unfinished)
         _record(source, template, folder).save(unfinished)
         if source.adapter is not None:
             _write_adapter(source, token, unfinished / ADAPTER_FOLDER, output.absolute(), template)
@@ -153,6 +155,7 @@ def _source(folder: Path, model_base: str | None, choices: ModelChoices) -> _Sou
                 f"{folder} is an adapter of transformers' own LLaVA already (it holds {native}); llava-mixlora "
                 "import-hf makes one of upstream's LLaVA from it"
             )
+        check_can_be_renamed(adapter)
         check_base(folder, place, choices.allow_other_base)
         base = base_folder(place)
     elif model_base is not None:
@@ -187,12 +190,15 @@ def _with_progress(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str,
     return tqdm(tensors, desc="Exporting", unit="tensor")
 
 
-def _write_generation_config(native: Any, token: ImageToken, rows: int, folder: Path) -> None:
+def _write_generation_config(native: Any, token: ImageToken, rows: int, base: Path, folder: Path) -> None:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     told: dict[str, Any] = {name: getattr(native, name) for name in names if getattr(native, name) is not None}
+    if (of_base := base / GENERATION).is_file():  # the tokens that end an answer may be more than config.json has
+        fields = read_json(of_base)
+        told |= {name: fields[name] for name in fields if name != "transformers_version" and not name.startswith("_")}
     if token.token_id >= rows:  # upstream has no such token to write
-        told["suppress_tokens"] = [token.token_id]
-    (folder / "generation_config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        told["suppress_tokens"] = [*(told.get("suppress_tokens") or ()), token.token_id]
+    (folder / GENERATION).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _record(source: _Source, template: str, folder: Path) -> AdapterRecord:
@@ -211,11 +217,12 @@ def _write_adapter(source: _Source, token: ImageToken, folder: Path, base: Path,
     stored_names = [name.removeprefix(PEFT_PREFIX) for name in adapter.forms]
     marker = ".mixlora_" if adapter.is_mixlora else ".lora_"
     config = copy.copy(adapter.config)
-    config.target_modules = targets_of({name.partition(marker)[0] for name in stored_names if marker in name})
+    layers = {name.partition(marker)[0] for name in stored_names if marker in name}
+    config.target_modules = targets_of(layers)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     for name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, name, None) or {}
-        setattr(config, name, {native_pattern(key): value for key, value in patterns.items()})
+        setattr(config, name, native_patterns(getattr(config, name, None) or {}, layers))
+    config.modules_to_save = [native_saved(module) for module in config.modules_to_save or ()] or None
     config.base_model_name_or_path = str(base)
     config.save_pretrained(str(folder))
     tensors = {}

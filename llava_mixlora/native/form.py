@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..adapters.config_file import config_of
 from ..adapters.llava_config import OF_TRANSFORMERS
+from ..adapters.plain_lora import LORA
+from ..adapters.reading import Adapter
 from ..errors import MixLoraError
 
 LANGUAGE_MODELS = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
@@ -19,6 +22,8 @@ LANGUAGE_MODELS = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_qw
 TWO_LAYERS, ONE_LAYER = "mlp2x_gelu", "linear"
 FEATURES = {"patch": "default", "cls_patch": "full"}
 """Which features of the tower are taken: upstream's word and transformers'."""
+OF_POOLS = re.compile(r"\.(mixlora|lora)_")
+BY_TOKEN = re.compile(r"\.(lm_head|embed_tokens)\.")
 MODEL, CLASS = "llava", "LlavaForConditionalGeneration"
 
 
@@ -51,6 +56,31 @@ def check_can_be_native(config: Mapping[str, Any], place: str | Path) -> None:
         refuse("s2", "false: one scale of each image")
     if "anyres" in str(config.get("image_aspect_ratio")):
         refuse("image_aspect_ratio", "pad or square: an image cut into tiles is LLaVA-NeXT's")
+
+
+def check_can_be_renamed(adapter: Adapter) -> None:
+    """Refuse an adapter of which more would have to change than names.
+
+    Raises:
+        MixLoraError: it is neither MIXLORA nor a plain LoRA, adapts embeddings or head, or holds tensors of the tower.
+    """
+    if not adapter.is_mixlora and adapter.config.peft_type != LORA:
+        raise MixLoraError(
+            f"{adapter.folder} is an adapter of the type {getattr(adapter.config.peft_type, 'value', None)}; expected "
+            "MIXLORA or LORA"
+        )
+    by_token = next((name for name in adapter.forms if BY_TOKEN.search(name) and OF_POOLS.search(name)), None)
+    if by_token is not None:
+        raise MixLoraError(
+            f"{adapter.folder} adapts embeddings or head (it holds {by_token}), which have further rows in "
+            "transformers' LLaVA; train again without them in target_modules, or with them in modules_to_save"
+        )
+    of_tower = next((name for name in adapter.forms if ".vision_tower." in name and not OF_POOLS.search(name)), None)
+    if of_tower is not None:
+        raise MixLoraError(
+            f"{adapter.folder} holds {of_tower}, of the vision tower, which upstream's LLaVA loads apart from "
+            "adapters; train again with bias='none' and no part of the tower in modules_to_save"
+        )
 
 
 def native_config(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,11 @@ from ..inputs import check_model_path, expanded, read_json
 from ..method.model_card import write_card
 from ..method.tensor_names import PEFT_PREFIX
 from ..writing import save_tensors
-from .form import FEATURES, LANGUAGE_MODELS, MODEL, ONE_LAYER, TWO_LAYERS
-from .names import MODULE, OF_LAYER, module_name, upstream_name, upstream_pattern
-from .tensors import BY_TOKEN, PROJECTOR, tower_tensors
+from .form import FEATURES, LANGUAGE_MODELS, MODEL, ONE_LAYER, TWO_LAYERS, check_can_be_renamed
+from .names import MODULE, OF_LAYER, module_name, upstream_name, upstream_patterns, upstream_saved
+from .tensors import BY_TOKEN, NOT_NEEDED, PROJECTOR, tower_tensors
 
 FLAG = "--save-model-path"
-_OF_NATIVE_PROJECTOR = "multi_modal_projector"
 
 
 def add_import_hf(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +93,7 @@ def import_hf(
     folder, output = Path(adapter_of(str(model_path))), Path(output)
     check_output(FLAG, output)
     adapter = read(folder)
+    check_can_be_renamed(adapter)
     layers = _adapted_layers(adapter)
     place = base_folder(base_model_of(folder, native_base, "--native-base"), "--native-base")
     native = as_data(read_json(place / "config.json"), place / "config.json")
@@ -169,6 +169,21 @@ def _check_tower(native: StoredWeights, place: Path, tower: str) -> None:
             )
 
 
+def _check_can_be_upstreams(native: Mapping[str, Any], place: Path) -> None:
+    possible: dict[str, Callable[[Any], bool]] = {
+        "projector_hidden_act": lambda value: value in ("gelu", "linear"),
+        "multimodal_projector_bias": lambda value: value is True,
+        "vision_feature_layer": lambda value: type(value) is int,
+        "vision_feature_select_strategy": lambda value: value in FEATURES.values(),
+    }
+    for name, is_possible in possible.items():
+        if name in native and not is_possible(native[name]):
+            raise MixLoraError(
+                f"{place}: {name}={repr(native[name])[:100]}, of which upstream's LLaVA knows nothing; an adapter of "
+                "this model cannot be one of upstream's"
+            )
+
+
 def _llava_config(native: Mapping[str, Any], of_base: Mapping[str, Any], tower: str, place: Path) -> dict[str, Any]:
     """Upstream's `config.json`: the language model's fields as the base has them, and LLaVA's."""
     text, vision = native.get("text_config") or {}, native.get("vision_config") or {}
@@ -176,6 +191,7 @@ def _llava_config(native: Mapping[str, Any], of_base: Mapping[str, Any], tower: 
     kind = text.get("model_type", "llama")
     if kind not in kinds:
         raise MixLoraError(f"{place}: its language model is a {kind}; expected one of {', '.join(kinds)}")
+    _check_can_be_upstreams(native, place)
     classes = {"llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM", "qwen2": "LlavaQwenForCausalLM"}
     features = {of_transformers: of_llava for of_llava, of_transformers in FEATURES.items()}
     processing = place / "preprocessor_config.json"
@@ -197,11 +213,21 @@ def _llava_config(native: Mapping[str, Any], of_base: Mapping[str, Any], tower: 
 
 
 def _beside(native: StoredWeights, stored: StoredWeights, place: Path, model_base: str) -> dict[str, Tensor]:
-    """By upstream's names, what the adapter's base has and `model_base` has not: the projector always, and norms,
+    """By upstream's names, what the adapter's base has and `model_base` has not: the projector always, and norms and
 
-    embeddings and head where they differ. Matrices of the decoder are frozen: where they differ, it is another base.
+    biases where they differ. Matrices are frozen: where they differ, or a layer has no counterpart, it is another base.
     """
+
+    def other_base(name: str) -> MixLoraError:
+        return MixLoraError(
+            f"{place}, which the adapter was trained on, is another model than {model_base}: {name} differs; pass "
+            "the LLaVA or language model that it was exported from as --model-base"
+        )
+
     beside = {}
+    shorts = {upstream_name(module_name(name)) for name in native}
+    if alone := next((name for name in sorted(shorts ^ {*stored}) if _is_of_decoder(name)), None):
+        raise other_base(alone)
     for name in tqdm(native, desc="Comparing with the base", unit="tensor"):
         short = upstream_name(module_name(name))
         if short.startswith(PROJECTOR):
@@ -213,15 +239,16 @@ def _beside(native: StoredWeights, stored: StoredWeights, place: Path, model_bas
             tensor = tensor[: len(original)]  # further rows are of tokens that only transformers' class needs
         if equal_but_for_rounding(original, tensor):
             continue
-        if tensor.shape != original.shape or (OF_LAYER.fullmatch(short) and tensor.ndim == 2):
-            raise MixLoraError(
-                f"{place}, which the adapter was trained on, is another model than {model_base}: {short} differs; pass "
-                "the LLaVA or language model that it was exported from as --model-base"
-            )
+        if tensor.shape != original.shape or tensor.ndim == 2:
+            raise other_base(short)
         beside[short] = tensor
     if not any(name.startswith(PROJECTOR) for name in beside):
         raise MixLoraError(f"{place} holds no projector; expected the weights of transformers' own LLaVA")
     return {name: tensor.clone() for name, tensor in beside.items()}
+
+
+def _is_of_decoder(name: str) -> bool:
+    return OF_LAYER.fullmatch(name) is not None and not name.endswith(NOT_NEEDED)
 
 
 def _as_one_layer(beside: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -241,10 +268,8 @@ def _write_adapter(
         setattr(config, name, value)
     config.layers_to_transform = config.layers_pattern = None
     for name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, name, None) or {}
-        setattr(config, name, {upstream_pattern(key): value for key, value in patterns.items()})
-    saved = [module for module in config.modules_to_save or () if _OF_NATIVE_PROJECTOR not in module]
-    config.modules_to_save = saved or None
+        setattr(config, name, upstream_patterns(getattr(config, name, None) or {}, layers))
+    config.modules_to_save = upstream_saved(config.modules_to_save or ()) or None
     config.base_model_name_or_path = absolute(model_base)
     config.save_pretrained(str(folder))
     tensors = {}

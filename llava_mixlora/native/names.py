@@ -13,7 +13,8 @@ names that the model has.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 PROJECTOR = {"0": "linear_1", "2": "linear_2"}
 """The linear layers of upstream's projector, by their places in it, and transformers' names for them."""
@@ -65,14 +66,49 @@ def module_name(name: str) -> str:
     return "model." + name.replace("language_model.model.", "language_model.", 1).replace("vision_model.", "", 1)
 
 
-def native_pattern(pattern: str) -> str:
-    """A pattern of upstream's layers, as `rank_pattern` has them, for transformers' class."""
-    return _LAYERS_OF_PATTERN.sub(r"model\1language_model\1layers", pattern)
+def native_saved(module: str) -> str:
+    """A name in `modules_to_save` of an adapter of upstream's LLaVA, for transformers' class."""
+    if match := re.fullmatch(r"(model\.)?mm_projector(?:\.(\d))?", module):
+        return f"{match[1] or ''}multi_modal_projector" + (f".{PROJECTOR[match[2]]}" if match[2] else "")
+    return native_name(module)
 
 
-def upstream_pattern(pattern: str) -> str:
-    """The other way."""
-    return _NATIVE_LAYERS_OF_PATTERN.sub(r"model\1layers", pattern)
+def upstream_saved(modules: Iterable[str]) -> list[str]:
+    """The other way, of all of them but the projector, which upstream saves beside its adapters."""
+    of_projector = re.compile(r"(.+\.)?(multi_modal_projector|linear_1|linear_2)(\..+)?")
+    return [
+        re.sub(r"^(model\.)?language_model\.", "model.", module)
+        for module in modules
+        if not of_projector.fullmatch(module)
+    ]
+
+
+def native_patterns(patterns: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
+    """`rank_pattern` or `alpha_pattern` of an adapter of upstream's LLaVA, for transformers' class.
+
+    `layers`: those that it adapts, as upstream's LLaVA calls them.
+    """
+    renamed = {_LAYERS_OF_PATTERN.sub(r"model\1language_model\1layers", key): patterns[key] for key in patterns}
+    return _of_equal_effect(patterns, renamed, {layer: native_name(layer) for layer in layers})
+
+
+def upstream_patterns(patterns: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
+    """The other way. `layers`: as upstream's LLaVA calls them."""
+    renamed = {_NATIVE_LAYERS_OF_PATTERN.sub(r"model\1layers", key): patterns[key] for key in patterns}
+    return _of_equal_effect(patterns, renamed, {native_name(layer): layer for layer in layers})
+
+
+def _of_equal_effect(patterns: Mapping[str, Any], renamed: dict[str, Any], layers: Mapping[str, str]) -> dict[str, Any]:
+    """The renamed patterns where they say the same of each layer, or else the layers' names. `layers`: old and new."""
+    wanted = {new: _first_match(patterns, old) for old, new in layers.items()}
+    if all(_first_match(renamed, new) == value for new, value in wanted.items()):
+        return renamed
+    return {new: value for new, value in wanted.items() if value is not None}
+
+
+def _first_match(patterns: Mapping[str, Any], layer: str) -> Any:
+    """As PEFT looks for what a layer has."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)
 
 
 def targets_of(layers: Iterable[str]) -> str | list[str]:

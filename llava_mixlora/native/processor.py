@@ -71,8 +71,9 @@ def write_processor(
     tokenizer.chat_template = None
     tokenizer.save_pretrained(folder)
     of_tokenizer = {**read_json(folder / TOKENIZING), "processor_class": PROCESSOR, "padding_side": "left"}
+    begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     for name, training in (("chat_template.jinja", False), (TRAINING_TEMPLATE, True)):
-        jinja = chat_template(_conversation(template), _image_text(config), training)
+        jinja = chat_template(_conversation(template), _image_text(config), training, begins)
         (folder / name).write_text(jinja, encoding="utf-8")
     of_processor = {
         "processor_class": PROCESSOR,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlavaForConditionalGeneration
 
 from ..errors import MixLoraError
 from .names import native_name, stored_name
@@ -87,3 +88,32 @@ def tower_tensors(stored: Mapping[str, Tensor], place: str | Path, prefix: str =
     for inner, name in wanted.items():
         if not inner.endswith(NOT_NEEDED):
             yield stored_name(f"model.vision_tower.{inner}"), stored[name]
+
+
+def of_whole_model(
+    tensors: Iterable[tuple[str, Tensor]], native: Any, place: str | Path
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, and at their end whether they are all that the model of the configuration `native` has.
+
+    Args:
+        tensors: by the names of transformers' checkpoints.
+        place: where they are from, for the message.
+
+    Raises:
+        MixLoraError: one is missing, which transformers would fill with random numbers, or has another shape.
+    """
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(native)
+    # Some versions call the tower's modules as its checkpoints do.
+    wanted = {stored_name(name.replace(f".{VISION}", ".")): form.shape for name, form in model.state_dict().items()}
+    if native.tie_word_embeddings:
+        del wanted[stored_name(HEAD)]
+    for name, tensor in tensors:
+        if wanted.pop(name, tensor.shape) != tensor.shape:
+            raise MixLoraError(f"{place}: {name} has the shape {list(tensor.shape)}, which its config.json has not")
+        yield name, tensor
+    if missing := [name for name in wanted if not name.endswith(NOT_NEEDED)]:
+        raise MixLoraError(
+            f"{place} lacks {missing[0]} ({len(missing)} tensors in all), as transformers calls it; is the download "
+            "complete?"
+        )

@@ -5,11 +5,17 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoProcessor
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from llava_mixlora import MixLoraConfig
-from llava_mixlora.adapters.adapter_folder import read_non_lora_trainables, write_non_lora_trainables
+from llava_mixlora.adapters.adapter_folder import (
+    NOT_THE_LANGUAGE_MODEL,
+    read_non_lora_trainables,
+    write_non_lora_trainables,
+)
 from llava_mixlora.adapters.adapter_record import read_record
 from llava_mixlora.cli import main
 from llava_mixlora.inference.loading import load_for_inference
@@ -17,7 +23,7 @@ from llava_mixlora.merging.merge import merge
 from llava_mixlora.native.export import export_hf
 from llava_mixlora.native.processor import TRAINING_TEMPLATE
 
-from ...tiny import LINEAR_LAYERS, layers, message_of, plain, write_adapter
+from ...tiny import LINEAR_LAYERS, layers, message_of, plain, randomise, write_adapter
 from ...two_llavas import Native, Upstream
 from .conftest import QUESTIONS
 
@@ -229,6 +235,101 @@ def test_a_plain_lora(llava_folder, exported, pictures, tmp_path):
     assert_same(Upstream(llava_folder, tmp_path / "lora"), native, pictures[:1])
 
 
+KEPT = {
+    "by an anchored name": {"alpha_pattern": {"^model.layers.1.mlp.up_proj": 40}},
+    "by another expression": {"alpha_pattern": {r"^model\.[a-z]+\.1\.mlp\.up_proj": 40}},
+    "a rank": {"rank_pattern": {r"(model).(layers).1.mlp.up_proj": 3}},
+    "the projector": {"modules_to_save": ["mm_projector"]},
+    "a norm": {"modules_to_save": ["model.norm", "lm_head"]},
+    "biases": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_patterns_and_saved_modules_go_where_the_class_has_them(kept, llava_folder, exported, pictures, tmp_path):
+    targets = {"target_modules": LINEAR_LAYERS, "exclude_modules": NOT_THE_LANGUAGE_MODEL}
+    options = {**targets, **WORDS, **KEPT[kept]}
+    model = plain(llava_folder)
+    config = MixLoraConfig(r=2, num_factors=4, task_type="CAUSAL_LM", **options)
+    adapted = randomise(get_peft_model(model, config), scale=0.3)
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name or ("bias" in options and name.endswith(".bias")):
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    model.config.save_pretrained(tmp_path / "adapter")
+    native = exported(tmp_path / "adapter", llava_folder)
+    assert_same(Upstream(llava_folder, tmp_path / "adapter"), native, pictures[:1])
+
+
+def test_what_cannot_be_renamed_is_refused(llava_folder, tmp_path):
+    def refused(config, with_tower=False, **options):
+        model = plain(llava_folder)
+        if with_tower:
+            model.get_vision_tower().load_model()
+        get_peft_model(model, config).save_pretrained(tmp_path / "adapter", **options)
+        model.config.save_pretrained(tmp_path / "adapter")
+        return message_of(export_hf, tmp_path / "adapter", tmp_path / "native", str(llava_folder))
+
+    kinds = {"target_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
+    assert "IA3" in refused(IA3Config(feedforward_modules=["down_proj"], **kinds))
+    assert "vision tower" in refused(LoraConfig(bias="all", **kinds), with_tower=True)
+    of_head = LoraConfig(target_modules=["down_proj", "lm_head"], task_type="CAUSAL_LM")
+    assert "lm_head" in refused(of_head, save_embedding_layers=False)
+    assert not (tmp_path / "native").exists()
+
+
+def test_every_token_that_ends_an_answer_is_kept(changed, exported, pictures):
+    """A Llama 3 has several, in its generation_config.json alone."""
+    folder = changed()
+    written = Upstream(folder).written(pictures[0], QUESTIONS[0])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, written[1]]}))
+    assert Upstream(folder).written(pictures[0], QUESTIONS[0]) == written[:2]
+    assert exported(folder).written(pictures[0], QUESTIONS[0]) == written[:2]
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_tied_embeddings(with_head, changed, exported, pictures):
+    folder = changed(tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    if with_head:  # as pickled checkpoints have it
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert_same(Upstream(folder), exported(folder), pictures[:1])
+
+
+def test_nothing_is_put_before_a_text_where_the_tokenizer_puts_nothing(changed, exported, pictures):
+    folder = changed()
+    for file in folder.glob("*token*"):
+        file.unlink()
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    own.train_from_iterator(["red"], trainers.BpeTrainer(special_tokens=["<end>", "<begin>"], **letters))
+    PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<end>", bos_token="<begin>").save_pretrained(folder)
+    native = exported(folder)
+    assert_same(Upstream(folder), native, pictures[:1])
+    template = (native.folder / TRAINING_TEMPLATE).read_text()
+    asked = [{"role": "user", "content": "red"}]
+    assert "<begin>" not in native.processor.tokenizer.apply_chat_template(
+        asked, chat_template=template, tokenize=False
+    )
+
+
+def test_an_incomplete_base_is_refused(changed, tmp_path):
+    folder = changed()
+    weights = load_file(folder / "model.safetensors")
+    whole = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "layers.1.mlp.up_proj.weight" in message_of(export_hf, folder, tmp_path / "native")
+    save_file(
+        {**weights, "model.layers.1.mlp.up_proj.weight": whole[1:]}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert "has the shape" in message_of(export_hf, folder, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
 def test_the_card_and_the_record_tell_of_it(adapter, llava_folder, exported, capsys):
     native = exported(adapter, llava_folder)
     folder = native.model.peft_config["default"].base_model_name_or_path
@@ -267,8 +368,6 @@ def test_a_template_without_questions_is_refused(llava_folder, tmp_path):
 
 
 def test_a_language_model_alone_is_refused(changed, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = changed()
     weights = {n: t for n, t in load_file(folder / "model.safetensors").items() if "mm_projector" not in n}
     save_file(weights, folder / "model.safetensors")

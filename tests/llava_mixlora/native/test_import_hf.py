@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import IA3Config, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from llava_mixlora import MixLoraConfig
 from llava_mixlora.adapters.adapter_folder import read_non_lora_trainables
@@ -50,8 +51,14 @@ def assert_same(native, upstream, pictures):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"layers_to_transform": [1]}, {"target_modules": ["up_proj"], "rank_pattern": {"layers.1.mlp.up_proj": 1}}],
-    ids=["all layers", "some layers", "some kinds"],
+    [
+        {},
+        {"layers_to_transform": [1]},
+        {"target_modules": ["up_proj"], "rank_pattern": {"layers.1.mlp.up_proj": 1}},
+        {"alpha_pattern": {"language_model.layers.1.mlp.up_proj": 40}},
+        {"rank_pattern": {r".*language_model.*1\.mlp\.up_proj": 1}},
+    ],
+    ids=["all layers", "some layers", "some kinds", "by a shortened name", "by another expression"],
 )
 def test_logits_are_equal(options, native, llava_folder, pictures, tmp_path):
     adapter = trained_on(native, tmp_path / "adapter", **options)
@@ -63,9 +70,17 @@ def test_logits_are_equal(options, native, llava_folder, pictures, tmp_path):
     load_for_inference(out)  # by what it says of its base and tower
 
 
-def test_modules_that_it_saves_go_where_upstream_has_them(native, llava_folder, pictures, tmp_path):
-    saved = {"modules_to_save": ["multi_modal_projector", "lm_head"]}
-    adapter = trained_on(native, tmp_path / "adapter", **saved)
+@pytest.mark.parametrize(
+    "saved",
+    [
+        ["multi_modal_projector", "lm_head"],
+        ["linear_1", "linear_2", "model.language_model.norm"],
+        ["language_model.norm"],
+    ],
+    ids=", ".join,
+)
+def test_modules_that_it_saves_go_where_upstream_has_them(saved, native, llava_folder, pictures, tmp_path):
+    adapter = trained_on(native, tmp_path / "adapter", modules_to_save=saved)
     import_hf(adapter, tmp_path / "upstream", str(llava_folder))
     assert len(read_non_lora_trainables(tmp_path / "upstream")) == 4
     assert_same(native, Upstream(llava_folder, tmp_path / "upstream"), pictures)
@@ -93,6 +108,35 @@ def test_another_base_is_refused(native, llava, llava_folder, tokenizer_folder, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_with_fewer_layers_or_other_embeddings_is_refused(native, llava_folder, tmp_path):
+    adapter = trained_on(native, tmp_path / "adapter", layers_to_transform=[0])
+    file = native.folder / "model.safetensors"
+    weights = load_file(file)
+    fewer = {name: weights[name] for name in weights if "vision" in name or ".layers.1." not in name}
+    other = {name: weights[name] + ("embed_tokens" in name) for name in weights}
+    for changed, expected in ((fewer, "model.layers.1."), (other, "embed_tokens.weight differs")):
+        save_file(changed, file, {"format": "pt"})
+        assert expected in message_of(import_hf, adapter, tmp_path / "out", str(llava_folder))
+    assert not (tmp_path / "out").exists()
+
+
+STRANGE = {
+    "projector_hidden_act": "relu",
+    "multimodal_projector_bias": False,
+    "vision_feature_layer": [-2, -1],
+    "vision_feature_select_strategy": "mean",
+}
+
+
+def test_what_upstreams_llava_cannot_be_is_refused(native, llava_folder, tmp_path):
+    adapter, file = trained_on(native, tmp_path / "adapter"), native.folder / "config.json"
+    usual = json.loads(file.read_text())
+    for name, value in STRANGE.items():
+        file.write_text(json.dumps({**usual, name: value}))
+        assert f"{name}={value!r}" in message_of(import_hf, adapter, tmp_path / "out", str(llava_folder))
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_tower_is_refused(native, llava_folder, tmp_path):
     next(p for name, p in native.base.named_parameters() if "post_layernorm.weight" in name).data += 1
     adapter = trained_on(native, tmp_path / "adapter")
@@ -105,6 +149,9 @@ def test_what_is_no_such_adapter_is_refused(native, llava_folder, tmp_path):
     assert "upstream's LLaVA already" in message_of(import_hf, of_upstream, tmp_path / "out", str(llava_folder))
     adapter = trained_on(native, tmp_path / "tower", target_modules=r".*vision_tower.*q_proj")
     assert "in no decoder" in message_of(import_hf, adapter, tmp_path / "out", str(llava_folder))
+    scaled = get_peft_model(Native(native.folder).base, IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    scaled.save_pretrained(tmp_path / "scaled")
+    assert "IA3" in message_of(import_hf, tmp_path / "scaled", tmp_path / "out", str(llava_folder))
     adapter = trained_on(Native(native.folder), tmp_path / "adapter")
     message = message_of(import_hf, adapter, tmp_path / "out", str(llava_folder), native_base=str(llava_folder))
     assert "--native-base" in message
