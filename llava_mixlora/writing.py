@@ -21,20 +21,23 @@ if TYPE_CHECKING:
 FULL = (errno.ENOSPC, errno.EDQUOT)
 OF_WRITES = (*FULL, errno.EFBIG, errno.EROFS)
 """Errors of the operating system that nothing but a write has."""
+IN_RUST = re.compile(r"\(os error (\d+)\)")
 IN_TORCH = ("PytorchStreamWriter", "iostream error", "inline_container")
 
 
 def is_failed_write(error: BaseException) -> bool:
     """Whether something that only writes has failed at that, in Python, safetensors or torch.
 
-    A write that fails inside of torch is a RuntimeError, whose message is all that tells it from others.
+    A write that fails inside of torch is a RuntimeError, and one inside of tokenizers a bare Exception, whose message
+    is all that tells it from others.
     """
-    return isinstance(error, (OSError, SafetensorError)) or any(part in str(error) for part in IN_TORCH)
+    known = isinstance(error, (OSError, SafetensorError)) or IN_RUST.search(str(error)) is not None
+    return known or any(part in str(error) for part in IN_TORCH)
 
 
 def reason_of(error: BaseException) -> str:
     """Why a write failed, in a few words."""
-    in_rust = re.search(r"\(os error (\d+)\)", str(error))
+    in_rust = IN_RUST.search(str(error))
     number = int(in_rust[1]) if in_rust else getattr(error, "errno", None)
     if number in FULL or "No space left" in str(error):
         return "the disk is full"

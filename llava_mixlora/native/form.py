@@ -52,6 +52,9 @@ def check_can_be_native(config: Mapping[str, Any], place: str | Path) -> None:
         refuse("mm_projector_type", f"{TWO_LAYERS} or {ONE_LAYER}")
     if config.get("mm_vision_select_feature", "patch") not in FEATURES:
         refuse("mm_vision_select_feature", " or ".join(FEATURES))
+    layer = config.get("mm_vision_select_layer", -2)
+    if type(layer) is not int or layer == 0:  # transformers 5 takes 0 for none
+        refuse("mm_vision_select_layer", "a whole number other than 0, such as -2")
     if config.get("s2"):
         refuse("s2", "false: one scale of each image")
     if "anyres" in str(config.get("image_aspect_ratio")):

@@ -19,7 +19,7 @@ from ..adapters.adapter_record import AdapterRecord, known_model, read_record
 from ..adapters.config_file import absolute
 from ..adapters.convert import targets_in
 from ..adapters.llava_card import llava_record
-from ..adapters.llava_config import as_data
+from ..adapters.llava_config import as_data, check_is_no_native
 from ..adapters.model_folders import base_folder, check_output, new_folder
 from ..adapters.model_places import adapter_of, base_model_of, vision_tower_of
 from ..adapters.reading import Adapter, read
@@ -103,6 +103,7 @@ def import_hf(
             "which the adapter was trained on; pass it as --native-base"
         )
     base = base_folder(model_base)
+    check_is_no_native(str(base))
     of_base = as_data(read_json(base / "config.json"), base / "config.json")
     of_native, stored = StoredWeights(place), StoredWeights(base)
     tower = _tower_of(place, base, of_base, vision_tower)

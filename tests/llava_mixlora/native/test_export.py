@@ -23,7 +23,7 @@ from llava_mixlora.merging.merge import merge
 from llava_mixlora.native.export import export_hf
 from llava_mixlora.native.processor import TRAINING_TEMPLATE
 
-from ...tiny import LINEAR_LAYERS, layers, message_of, plain, randomise, write_adapter
+from ...tiny import LINEAR_LAYERS, layers, message_of, no_room, plain, randomise, write_adapter
 from ...two_llavas import Native, Upstream
 from .conftest import QUESTIONS
 
@@ -317,6 +317,13 @@ def test_nothing_is_put_before_a_text_where_the_tokenizer_puts_nothing(changed, 
     )
 
 
+def test_a_full_disk_leaves_nothing(llava_folder, tmp_path):
+    for size in (2_000, 20_000, 60_000):  # bytes of a file: within the tokenizer, and within the weights
+        with no_room(size):
+            assert "make room" in message_of(export_hf, llava_folder, tmp_path / "native")
+        assert not list(tmp_path.iterdir())
+
+
 def test_an_incomplete_base_is_refused(changed, tmp_path):
     folder = changed()
     weights = load_file(folder / "model.safetensors")
@@ -349,6 +356,8 @@ WRONG = {
     "other projector": ({"mm_projector_type": "linear"}, "a projector of the form linear was expected"),
     "tiles": ({"image_aspect_ratio": "anyres"}, "LLaVA-NeXT"),
     "scales": ({"s2": True}, "s2=True"),
+    "no layer": ({"mm_vision_select_layer": "-2"}, "mm_vision_select_layer='-2'"),
+    "first layer": ({"mm_vision_select_layer": 0}, "mm_vision_select_layer=0"),
     "no tower": ({"mm_vision_tower": None}, "mm_vision_tower=None"),
     "tower": ({"mm_vision_tower": "/nowhere"}, "/nowhere"),
 }

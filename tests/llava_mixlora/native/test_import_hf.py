@@ -155,6 +155,8 @@ def test_what_is_no_such_adapter_is_refused(native, llava_folder, tmp_path):
     adapter = trained_on(Native(native.folder), tmp_path / "adapter")
     message = message_of(import_hf, adapter, tmp_path / "out", str(llava_folder), native_base=str(llava_folder))
     assert "--native-base" in message
+    message = message_of(import_hf, adapter, tmp_path / "out", str(native.folder))
+    assert "transformers' own LLaVA" in message
 
 
 def test_a_tower_is_asked_for_where_none_is_known(native, llava_folder, tmp_path):
