@@ -16,8 +16,11 @@ from llava_mixlora import MixLoraConfig
 
 modules = [module.name for module in pkgutil.walk_packages(llava_mixlora.__path__, "llava_mixlora.")]
 for name in modules:
-    if not name.endswith("__main__"):
-        importlib.import_module(name)
+    try:
+        if not name.endswith("__main__"):
+            importlib.import_module(name)
+    except ImportError as error:  # a framework that is not there, of which one line tells
+        assert ".integrations." in name and "run: pip install" in str(error), name
 print(len(modules), llava_mixlora.__file__)
 """
 
