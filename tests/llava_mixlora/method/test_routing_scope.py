@@ -1,5 +1,6 @@
 """Which positions decide a route, and which routes a generation keeps, in a whole Llama."""
 
+import inspect
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,10 @@ def test_training_routes_as_inference_on_the_prompt_does(llama):
     assert routes(model) == trained
 
 
+@pytest.mark.skipif(
+    "logits_to_keep" not in inspect.signature(transformers.LlamaForCausalLM.forward).parameters,
+    reason="this transformers keeps all logits",
+)
 def test_labels_cut_to_the_logits_that_are_kept_route_as_whole_ones(llama):
     model = adapt(llama)
     ids = random_ids(2, 9)
