@@ -84,8 +84,7 @@ def chat_template(template: Any, image: str = IMAGE, training: bool = False, beg
     style = template.sep_style.name
     if "mmtag" in template.version or style == "PLAIN":
         raise MixLoraError(
-            f"the conversation template {template.version!r} cannot be a chat template: it has no place for an image "
-            "in a question; say another with --version"
+            "it cannot be a chat template, since it has no place for an image in a question; say another with --version"
         )
     asker, answerer = template.roles
     colon = "" if style == "MPT" else ":"

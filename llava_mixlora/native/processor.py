@@ -73,7 +73,10 @@ def write_processor(
     of_tokenizer = {**read_json(folder / TOKENIZING), "processor_class": PROCESSOR, "padding_side": "left"}
     begins = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     for name, training in (("chat_template.jinja", False), (TRAINING_TEMPLATE, True)):
-        jinja = chat_template(_conversation(template), _image_text(config), training, begins)
+        try:
+            jinja = chat_template(_conversation(template), _image_text(config), training, begins)
+        except MixLoraError as error:
+            raise MixLoraError(f"conversation template {template}: {error}") from None
         (folder / name).write_text(jinja, encoding="utf-8")
     of_processor = {
         "processor_class": PROCESSOR,

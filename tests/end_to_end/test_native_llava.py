@@ -15,7 +15,9 @@ from ..two_llavas import Native, Upstream
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(Version(transformers.__version__) < Version(OLDEST), reason=f"export-hf needs {OLDEST}"),
+    pytest.mark.skipif(
+        Version(transformers.__version__) < Version(OLDEST), reason=f"export-hf needs transformers {OLDEST}"
+    ),
 ]
 QUESTIONS = 20
 TOKENS = 8

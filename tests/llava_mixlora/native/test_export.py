@@ -372,7 +372,8 @@ def test_what_the_class_cannot_be_is_refused(wrong, changed, tmp_path):
 
 def test_a_template_without_questions_is_refused(llava_folder, tmp_path):
     for version in ("plain", "v1_mmtag", "nonsense"):
-        assert "--version" in message_of(export_hf, llava_folder, tmp_path / "native", version=version)
+        message = message_of(export_hf, llava_folder, tmp_path / "native", version=version)
+        assert "--version" in message and version in message
     assert not (tmp_path / "native").exists()
 
 
