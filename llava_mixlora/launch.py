@@ -15,6 +15,7 @@ from .adapters.adapter_folder import is_mixlora_adapter
 from .errors import MixLoraError
 from .inference.program_arguments import program_arguments
 from .limits import FLAG, raise_limits
+from .llava_package import file_of, package_of_program, use, used
 
 SERVERS = ("llava.serve.controller", "llava.serve.model_worker")
 
@@ -57,8 +58,11 @@ def run(target: str, arguments: list[str], as_module: bool) -> None:
     """
     if as_module:
         _check_installed(target)  # before the seconds that patching takes
+    file = file_of(target) if as_module else _script_file(target)
+    if file is not None:
+        use(package_of_program(file, target if as_module else None))
     patches.apply()
-    path = _module_file(target) if as_module else _script_file(target)
+    path = _module_file(target) if as_module else file
     patches.apply(_patched_program(path))
     _check_merge_script(path, arguments)
     arguments, choices = program_arguments(path, arguments)
@@ -95,15 +99,16 @@ def _is_main_guard(statement: ast.stmt) -> bool:
 
 def _patched_program(path: Path) -> str | None:
     for module in {patch.module: None for patch in patches.PATCHES if patch.program}:
-        spec = importlib.util.find_spec(module)
-        if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == path.resolve():
+        here = used().module(module)
+        file = file_of(here) if here is not None else None
+        if file is not None and file.resolve() == path.resolve():
             return module
     return None
 
 
 def _patched_module(path: Path) -> ModuleType | None:
-    for patch in patches.PATCHES:
-        module = sys.modules.get(patch.module)
+    for name in {place.partition(":")[0] for patch in patches.PATCHES if patch.applied for place in patch.places}:
+        module = sys.modules.get(name)
         file = getattr(module, "__file__", None)
         if file is not None and Path(file).resolve() == path.resolve():
             return module

@@ -9,7 +9,6 @@ from . import (
     llava_builder,
     llava_cli,
     llava_llama,
-    llava_mistral,
     llava_mm_utils,
     llava_model_worker,
     llava_train,
@@ -34,7 +33,6 @@ from .patch import KINDS, Patch, PatchError
 PATCHES: tuple[Patch, ...] = (
     *transformers_trainer.PATCHES,
     *llava_llama.PATCHES,
-    *llava_mistral.PATCHES,
     *llava_arch.PATCHES,
     *llava_builder.PATCHES,
     *llava_mm_utils.PATCHES,
@@ -65,10 +63,11 @@ def apply(program: str | None = None) -> None:
     """Apply every patch that the installed versions need; does nothing the second time.
 
     Args:
-        program: the module that is to be run; patches of programs (see [`Patch`]) are applied to that one alone.
+        program: the module that is to be run, in the words of LLaVA itself; patches of programs (see [`Patch`]) are
+            applied to that one alone.
 
     Raises:
-        PatchError: a symbol to be replaced is missing. Nothing stays half patched.
+        PatchError: a symbol to be replaced is missing, and this run needs it. Nothing stays half patched.
     """
     try:
         for patch in PATCHES:

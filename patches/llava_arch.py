@@ -16,6 +16,8 @@ from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
 from .patch import FAULT, METHOD, Patch
 
+MODALITIES = "modalities"
+
 
 def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     @functools.wraps(original)
@@ -23,9 +25,11 @@ def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..
         answers = known_answers()
         call = inspect.signature(original).bind(self, *args, **kwargs)
         token_ids, labels = call.arguments["input_ids"], call.arguments["labels"]
+        _name_all_modalities(call, len(token_ids))
         # Upstream only moves labels along with their tokens, and fills in IGNORE_INDEX at image features and padding.
         # So places in their stead come back as the place that each position of the new sequence comes from.
         call.arguments["labels"] = torch.arange(token_ids.shape[1], device=token_ids.device).expand(token_ids.shape)
+        # Those that take positions return them too, before the mask.
         *others, attention_mask, cache, embeddings, places = original(*call.args, **call.kwargs)
         if embeddings is None:
             return (*others, attention_mask, cache, embeddings, labels)
@@ -40,6 +44,15 @@ def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..
         return (*others, attention_mask, cache, embeddings, _moved(labels, places))
 
     return prepare_inputs_labels_for_multimodal
+
+
+def _name_all_modalities(call: inspect.BoundArguments, rows: int) -> None:
+    """Name one for each row, where a fork asks for them: it would cut the batch to as many rows as are named."""
+    if MODALITIES in call.signature.parameters:
+        call.apply_defaults()
+        named = call.arguments[MODALITIES]
+        named = [named] if isinstance(named, str) else list(named)
+        call.arguments[MODALITIES] = named * rows if len(named) == 1 else named
 
 
 def _moved(labels: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor | None:
@@ -62,6 +75,6 @@ PATCHES = (
         kind=METHOD,
         why="the mask and the labels of the sequence that the layers see, image features included, first exist here",
         replace=_tell_routing_scope,
-        parameters=("position_ids", "attention_mask", "labels"),  # those that take positions return six values
+        parameters=("input_ids", "attention_mask", "labels"),
     ),
 )

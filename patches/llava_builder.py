@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_mixlora.adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
     is_adapter,
@@ -22,6 +24,8 @@ from llava_mixlora.adapters.adapter_record import RECORD, read_record
 from llava_mixlora.adapters.base_check import check_base, check_tower
 from llava_mixlora.adapters.config_file import config_of
 from llava_mixlora.adapters.llava_config import check_is_no_native, check_names_no_code, llava_config
+from llava_mixlora.adapters.linked_base import linked_base
+from llava_mixlora.adapters.loader_branch import branch_of
 from llava_mixlora.adapters.loader_names import loader_name
 from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
 from llava_mixlora.adapters.model_places import adapter_of, base_model_of, vision_tower_of
@@ -29,11 +33,13 @@ from llava_mixlora.adapters.pickles import TensorsOnly
 from llava_mixlora.adapters.reading import Adapter, check_is_of_upstream, read
 from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.llava_package import used
 from llava_mixlora.method.stored_tensors import allowing_incomplete
 
 from ..adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
-from .patch import ANY_KEYWORD, FAULT, METHOD, Patch
+from .patch import FAULT, METHOD, Patch
 
+ATTENTION = "attn_implementation"
 OUTSIDE = re.compile(NOT_THE_LANGUAGE_MODEL)
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
 
@@ -59,8 +65,10 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         if not is_adapter(model_path):
             check_names_no_code(model_path)
             check_is_no_native(model_path)
-            kwargs |= {} if model_base else _with_its_tower(model_path, chosen)
-            return original(model_path, model_base, model_name, *args, **kwargs)
+            config = None if model_base else _with_its_tower(model_path, chosen)
+            if config is None:
+                return original(model_path, model_base, model_name, *args, **kwargs)
+            return _load_whole(original, model_path, config, model_name, *args, **kwargs)
         with allowing_incomplete(chosen.allow_incomplete):
             return _load_adapter(original, model_path, model_base, chosen, keep_adapter, *args, **kwargs)
 
@@ -94,8 +102,9 @@ def _load_adapter(
     # not know of a vision tower); then come the projector and the adapter. Its own LoRA branch would merge.
     name = "llava-mistral" if config.model_type == "llava_mistral" else "llava"  # chooses the class
     has_more_tokens = INPUT_EMBEDDINGS in adapter.beside
-    load = _with_more_tokens(original, model_path, adapter.beside) if has_more_tokens else original
-    loaded = load(base, None, name, *args, **{**kwargs, "config": config})
+    load = functools.partial(_load_whole, original)
+    load = _with_more_tokens(load, model_path, adapter.beside) if has_more_tokens else load
+    loaded = load(base, config, name, *args, **kwargs)
     tokenizer, model, image_processor, context_length = loaded
     _load_beside(model, adapter)
     adapted = _with_adapter(model, adapter)
@@ -104,20 +113,36 @@ def _load_adapter(
     return tokenizer, adapted, image_processor, context_length
 
 
-def _with_its_tower(model_path: str, choices: ModelChoices) -> dict[str, Any]:
-    """What a whole LLaVA is loaded with, so that its vision tower is found."""
+def _with_its_tower(model_path: str, choices: ModelChoices) -> Any:
+    """The configuration that a whole LLaVA is loaded with, so that its vision tower is found; None: its own."""
     from transformers import AutoConfig
 
     recorded = (config_of(model_path) or {}).get("mm_vision_tower")
     if recorded is None:
-        return {}
+        return None
     found = vision_tower_of(model_path, recorded, choices.vision_tower)
     check_tower(model_path, found, choices.allow_other_base)
     if found == recorded:
-        return {}
+        return None
     config = AutoConfig.from_pretrained(model_path)
     config.mm_vision_tower = found
-    return {"config": config}
+    return config
+
+
+def _load_whole(
+    original: Callable[..., Loaded], folder: str, config: Any, model_name: str, *args: Any, **kwargs: Any
+) -> Loaded:
+    """Load a whole LLaVA with another configuration than its folder's."""
+    model = used().language_model(config.model_type)
+    branch = None if model is None else branch_of(original, model[0].name)
+    if branch is None or branch.takes_config:
+        return original(folder, None, branch.name if branch else model_name, *args, **{**kwargs, "config": config})
+    with linked_base(folder, {**config.to_dict(), "model_type": model[1]}) as place:
+        loaded = original(str(place), None, branch.name, *args, **kwargs)
+    for part in loaded[:2]:  # they name the place that they come from in what they save
+        part.name_or_path = folder
+    loaded[1].config.name_or_path = folder
+    return loaded
 
 
 def _with_more_tokens(
@@ -125,14 +150,14 @@ def _with_more_tokens(
 ) -> Callable[..., Loaded]:
     """Load a base that has fewer tokens than its adapter's configuration says, and make room for the rest."""
 
-    def load_pretrained_model(base: str, *args: Any, config: Any, **kwargs: Any) -> Loaded:
+    def load_pretrained_model(base: str, config: Any, *args: Any, **kwargs: Any) -> Loaded:
         from transformers import AutoTokenizer
 
         of_adapter, of_base = copy.deepcopy(config), config_of(base) or {}
         config.vocab_size = of_base.get("vocab_size", config.vocab_size)
         config.pad_token_id = of_base.get("pad_token_id")  # Trainer names one of the new tokens there
         config.mm_use_im_patch_token = config.mm_use_im_start_end = False  # upstream would number these tokens anew
-        base_tokenizer, model, image_processor, context_length = original(base, *args, config=config, **kwargs)
+        base_tokenizer, model, image_processor, context_length = original(base, config, *args, **kwargs)
         # All rows are about to be loaded, so none needs the mean of the others, which takes a minute at 7B.
         takes_mean = "mean_resizing" in inspect.signature(model.resize_token_embeddings).parameters
         options = {"mean_resizing": False} if takes_mean else {}
@@ -188,11 +213,14 @@ def _flash_attention_where_it_runs(original: Callable[..., Loaded]) -> Callable[
     def load_pretrained_model(*args: Any, **kwargs: Any) -> Loaded:
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
-        options = given.arguments["kwargs"]
-        asked = FLASH if given.arguments.get("use_flash_attn") else options.get("attn_implementation")
+        # A parameter of some forks, in others one of the keywords that go on to the model's class.
+        options = given.arguments if ATTENTION in given.arguments else given.arguments.get("kwargs", {})
+        asked = FLASH if given.arguments.get("use_flash_attn") else options.get(ATTENTION)
         if asked is not None:
-            given.arguments["use_flash_attn"] = False
-            options["attn_implementation"] = available_attention(asked, given.arguments["device"])
+            if "use_flash_attn" in given.arguments:
+                given.arguments["use_flash_attn"] = False
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            options[ATTENTION] = available_attention(asked, given.arguments.get("device", device))
         return original(*given.args, **given.kwargs)
 
     return load_pretrained_model
@@ -206,9 +234,17 @@ def _by_model_type(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         kind = (config_of(model_path) or {}).get("model_type")
         on_hub = not Path(model_path).is_dir()  # where the name alone tells an adapter from a projector
         has_adapter = "lora" in model_name.lower() and model_base is not None if on_hub else is_adapter(model_path)
-        return original(model_path, model_base, loader_name(kind, has_adapter) or model_name, *args, **kwargs)
+        return original(model_path, model_base, _name_of(original, kind, has_adapter) or model_name, *args, **kwargs)
 
     return load_pretrained_model
+
+
+def _name_of(loader: Callable[..., Loaded], model_type: str | None, is_adapter: bool) -> str | None:
+    model = used().language_model(model_type)
+    branch = None if model is None else branch_of(loader, model[0].name)
+    if branch is None:
+        return loader_name(model_type, is_adapter)
+    return f"{branch.name}-lora" if is_adapter else branch.name
 
 
 PATCHES = (
@@ -223,7 +259,7 @@ PATCHES = (
         kind=METHOD,
         why="upstream merges every adapter into its base, and asks for the base even where the adapter names it",
         replace=_load_mixlora,
-        parameters=("model_path", "model_base", "model_name", ANY_KEYWORD),
+        parameters=("model_path", "model_base", "model_name"),
     ),
     Patch(
         "llava.model.builder:load_pretrained_model",

@@ -1,4 +1,4 @@
-"""`llava.model.language_model.llava_llama`: loading a quantized LLaVA, and generating with it."""
+"""`llava.model.language_model`: loading a quantized LLaVA, whichever language model it has, and generating with it."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_mixlora.data.chat_prompt import noting_prompts, routed_by_turns
 from llava_mixlora.limits import how_to_raise, limits
+from llava_mixlora.llava_package import part
 
 from .patch import FAULT, METHOD, Patch
 
@@ -90,12 +91,10 @@ def _see_what_the_model_sees(original: Callable[..., None]) -> Callable[..., Non
 def _check_request(original: Callable[..., Iterator[bytes]]) -> Callable[..., Iterator[bytes]]:
     @functools.wraps(original)
     def generate_stream(self: Any, params: Any) -> Iterator[bytes]:
-        from llava.constants import DEFAULT_IMAGE_TOKEN
-
         if (letters := len(params["prompt"])) > limits().prompt_letters:
             why = how_to_raise("prompt_letters")
             raise ValueError(f"a prompt of {letters:,} letters, more than {limits().prompt_letters:,} {why}")
-        places = params["prompt"].count(DEFAULT_IMAGE_TOKEN)
+        places = params["prompt"].count(part("llava.constants:DEFAULT_IMAGE_TOKEN"))
         if places and not (self.is_multimodal and params.get("images")):
             why = "the request has none" if self.is_multimodal else f"{self.model_name!r} sees none"
             raise ValueError(f"the prompt has places for {places} images, but {why}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import Any, Optional
 
 import torch
 from safetensors import SafetensorError
-from transformers import HfArgumentParser, PretrainedConfig, set_seed
+from transformers import HfArgumentParser, LlamaForCausalLM, PretrainedConfig, set_seed
 
 from llava_mixlora.adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL, is_mixlora_adapter
 from llava_mixlora.adapters.adapter_record import AdapterRecord
@@ -22,6 +24,7 @@ from llava_mixlora.attention import available_attention
 from llava_mixlora.data.kept_calibration import SAMPLES, check_count
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.folder_lock import locked
+from llava_mixlora.llava_package import TRAIN, part, used
 from llava_mixlora.method.config import MixLoraConfig
 from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.training.base_flags import flags_of_the_base
@@ -289,8 +292,7 @@ def running_run() -> Run | None:
 
 def _all_flags() -> dict[str, Any]:
     """Every flag of train() with its value, as the command line gives it; defaults too."""
-    from llava.train import train as upstream
-
+    upstream = part(TRAIN)
     parser = HfArgumentParser((upstream.ModelArguments, upstream.DataArguments, upstream.TrainingArguments))
     return vars(parser.parse_args(sys.argv[1:]))
 
@@ -338,8 +340,8 @@ def with_flags(flags: type) -> Callable[[type], type]:
 
 def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def train(attn_implementation: str | None = None) -> None:
-        running = RunningTrain()
+    def train(*args: Any, **kwargs: Any) -> None:
+        running, call = RunningTrain(), inspect.signature(original).bind(*args, **kwargs)
         argv, token = sys.argv, _running_train.set(running)
         try:
             # All that reads flags, here and upstream, reads them there.
@@ -350,7 +352,9 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
             running.vision_tower, output_dir = flags.get("vision_tower"), flags.get("output_dir")
             lock = nullcontext() if output_dir is None else locked(output_dir, "--output_dir")
             with lock, interruptible(output_dir):
-                original(attn_implementation=available_attention(attn_implementation))
+                if ATTENTION in call.signature.parameters:  # older ones replace Llama's own attention by flash-attn's
+                    call.arguments[ATTENTION] = available_attention(call.arguments.get(ATTENTION))
+                original(*call.args, **call.kwargs)
         except NothingToTrain:
             return
         except MixLoraError as error:
@@ -370,6 +374,7 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
     return train
 
 
+ATTENTION = "attn_implementation"
 _ERROR_OF_A_WORKER = f"{MixLoraError.__module__}.{MixLoraError.__qualname__}: "
 
 
@@ -379,13 +384,11 @@ def _words_of_the_base(words: list[str]) -> list[str]:
     Raises:
         MixLoraError: there is no such flag, or it contradicts the base or makes no usable result.
     """
-    from llava import conversation
-    from llava.train import train as upstream
-
+    upstream, templates = part(TRAIN), part("llava.conversation:conv_templates")
     given, defaults = read_flags((upstream.ModelArguments, upstream.DataArguments, upstream.TrainingArguments), words)
     if not trains_adapter(given_flags(words)):
         return []
-    check_usable(given, defaults, conversation.conv_templates)
+    check_usable(given, defaults, templates)
     added = flags_of_the_base(given, defaults)
     return [word for flag, value in added.items() for word in (f"--{flag}", str(value))]
 
@@ -394,14 +397,19 @@ def _class_of_the_model(original: type) -> type:
     class LlavaLlamaForCausalLM(original):
         @classmethod
         def from_pretrained(cls, path: str, *args: Any, **kwargs: Any) -> Any:
-            from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
-
             flags = running_arguments()
             wants_mistral = flags is not None and flags.mixlora_enable and _is_mistral(path, kwargs.get("cache_dir"))
+            of_mistral = _on("MistralForCausalLM") if wants_mistral and issubclass(original, LlamaForCausalLM) else None
             kwargs |= _tower_of_the_run(path, kwargs.get("cache_dir"))
-            return (LlavaMistralForCausalLM if wants_mistral else original).from_pretrained(path, *args, **kwargs)
+            return (of_mistral or original).from_pretrained(path, *args, **kwargs)
 
     return LlavaLlamaForCausalLM
+
+
+def _on(language_model: str) -> type | None:
+    """The LLaVA on a language model of transformers."""
+    found = [one for one in used().language_models if language_model in one.bases]
+    return getattr(importlib.import_module(found[0].module), found[0].name) if found else None
 
 
 def _tower_of_the_run(path: str, cache_dir: str | None) -> dict[str, str]:
@@ -469,11 +477,10 @@ PATCHES = (
     ),
     Patch(
         "llava.train.train:train",
-        kind=FAULT,
+        kind=METHOD,
         why="bad input should be named before the model is loaded, two runs in one output folder undo each other, and "
         "flash attention may not be installed",
         replace=_train_checked,
-        parameters=("attn_implementation",),
     ),
     Patch(
         "llava.train.train:LlavaLlamaForCausalLM",

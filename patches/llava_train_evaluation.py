@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.llava_package import DATA_SET, TRAIN, part
 from llava_mixlora.training.best_checkpoint import EarlyStopping, KeepBest
 from llava_mixlora.training.held_out import HeldOutCollator, HeldOutData, HeldOutMetrics, description, tasks_of
 from llava_mixlora.training.task_labels import TaskLabels
@@ -80,11 +81,9 @@ def _add_held_out_data(original: Callable[..., dict[str, Any]]) -> Callable[...,
         data = None if flags is None else flags.eval_data_path
         if data is None:
             return module
-        from llava.train.train import LazySupervisedDataset
-
         data_args = copy.copy(data_args)
         data_args.image_folder = flags.eval_image_folder or data_args.image_folder
-        samples = LazySupervisedDataset(data_path=data, tokenizer=tokenizer, data_args=data_args)
+        samples = part(f"{TRAIN}:{DATA_SET}")(data_path=data, tokenizer=tokenizer, data_args=data_args)
         held_out = HeldOutData(samples, tasks_of(samples.list_data_dict, data))
         if os.environ.get("RANK", "0") == "0":
             print(description(held_out, module["train_dataset"], data), flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from llava_mixlora.llava_package import TRAINER, TRAINER_CLASS, part
 from llava_mixlora.training.routing_callback import add_routing_callback
 from llava_mixlora.training.step_watch import StepWatch
 from llava_mixlora.training.trainable_set import check_trainable
@@ -117,9 +118,7 @@ def split_router_groups(optimizer: Any, model: Any, router_lr: float) -> None:
 
 
 def _trainer_class() -> type:
-    from llava.train.llava_trainer import LLaVATrainer
-
-    return LLaVATrainer
+    return part(f"{TRAINER}:{TRAINER_CLASS}")
 
 
 PATCHES = (

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llava_mixlora.adapters.adapter_folder import NON_LORA_TRAINABLES, read_non_lora_trainables
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.llava_package import TRAIN, part
 from llava_mixlora.training import checkpoint
 from llava_mixlora.training.best_checkpoint import EarlyStopping
 from llava_mixlora.training.first_process import decided_by_first
@@ -84,8 +85,7 @@ def _save_what_train_saves(original: Callable[..., None]) -> Callable[..., None]
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not isinstance(self.model, PeftModel) or getattr(self.args, "tune_mm_mlp_adapter", False):
             return original(self, output_dir, _internal_call)
-        from llava.train import train as upstream
-
+        upstream = part(TRAIN)
         folder = Path(output_dir or self.args.output_dir)
         # Every process takes part: under ZeRO-3 the parameters are gathered.
         adapter = upstream.get_peft_state_maybe_zero_3(self.model.named_parameters(), self.args.lora_bias)

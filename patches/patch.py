@@ -16,12 +16,13 @@ from urllib.parse import unquote, urlparse
 from packaging.specifiers import SpecifierSet
 
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.llava_package import ORIGINAL, LlavaPackage, used
 
 METHOD, COMPATIBILITY, FAULT = KINDS = ("method", "compatibility", "upstream fault")
 """What a patch is there for: MixLoRA itself, versions that do not fit together, or something upstream does wrong."""
 MISSING = object()
-ANY_KEYWORD = "**kwargs"
-"""Among a patch's `parameters`: the target takes keywords that it does not name."""
+TRAINING = "llava.train."
+"""What of LLaVA only a run that trains needs; its loader is what all others need."""
 
 
 class PatchError(MixLoraError):
@@ -33,19 +34,22 @@ class Patch:
     """A replacement for one upstream symbol, applied at most once and undone exactly.
 
     Args:
-        target: `"module:attribute"` or `"module:Class.attribute"`.
+        target: `"module:attribute"` or `"module:Class.attribute"`, of LLaVA as LLaVA itself has it: in a fork it is the
+            like of that, found by what it is (see [`LlavaPackage.places`]), in more than one place for language models.
         kind: of [`KINDS`].
         why: one sentence for the reader, and for the error when the target is gone.
         replace: makes the replacement from the original; gets None when `adds` is set.
-        parameters: names that the target must take, since the patch relies on them, or [`ANY_KEYWORD`]; it may take
-            others.
+        parameters: names that the target must take, since the patch relies on them; it may take others.
         requires: package versions that need the patch, such as `{"transformers": ">=5"}`; elsewhere it is skipped.
         adds: the symbol does not exist there (it has moved or was dropped) and the patch puts it back.
         program: the module is a program that begins to act when it is imported: only `llava-mixlora run` patches it,
             when it is what is to be run.
 
+    A fork may lack a target of LLaVA's, or have another one: where the run can do without the patch it is left out.
+
     Raises:
-        PatchError: on `apply`, when the target does not exist, or with `adds`, when it does, or lacks a parameter.
+        PatchError: on `apply`, when the target does not exist, or with `adds`, when it does, or lacks a parameter, and
+            the run needs the patch.
     """
 
     target: str
@@ -56,28 +60,54 @@ class Patch:
     requires: dict[str, str] = field(default_factory=dict)
     adds: bool = False
     program: bool = False
-    _undo: Callable[[], None] | None = field(default=None, init=False, repr=False)
+    problem: str | None = field(default=None, init=False, repr=False)
+    """Why it was left out, where it was needed and does not fit."""
+    _undo: list[Callable[[], None]] = field(default_factory=list, init=False, repr=False)
 
     @property
     def module(self) -> str:
-        """Name of the module that holds the target."""
+        """Name of the module that holds the target, in LLaVA itself."""
         return self.target.partition(":")[0]
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The target in the LLaVA that is used; none where that has nothing of the kind."""
+        return used().places(self.target)
 
     @property
     def applied(self) -> bool:
         """Whether the replacement is in place."""
-        return self._undo is not None
+        return bool(self._undo)
 
     @property
     def needed(self) -> bool:
         """Whether the installed versions need it."""
         return all(_installed(package) in SpecifierSet(spec) for package, spec in self.requires.items())
 
+    def can_be_left_out(self, package: LlavaPackage) -> bool:
+        """Whether a run of that LLaVA does without the patch, where it does not fit."""
+        if self.module.partition(".")[0] != ORIGINAL:
+            return False
+        return self.kind != METHOD or self.program or self.module.startswith(TRAINING) != package.trains
+
     def apply(self) -> None:
         """Put the replacement in place, if it is needed and not there yet."""
         if self.applied or not self.needed:
             return
-        owner, name = self._locate()
+        problems = [] if self.places else [self._error("expected it to exist")]
+        for place in self.places:
+            try:
+                self._replace(place)
+            except PatchError as error:
+                problems.append(error)
+        # Of several language models a LLaVA does without those that cannot be imported here.
+        if problems and not self.applied:
+            self.problem = str(problems[0])
+            if not self.can_be_left_out(used()):
+                raise problems[0]
+
+    def _replace(self, place: str) -> None:
+        owner, name = self._locate(place)
         original = getattr(owner, name, MISSING)
         if (original is MISSING) != self.adds:
             expected = "to be missing" if self.adds else "to exist"
@@ -85,37 +115,39 @@ class Patch:
         self._check_parameters(original)
         own = vars(owner).get(name, MISSING)  # an inherited attribute is shadowed here, and uncovered by undo()
         setattr(owner, name, self.replace(None if self.adds else original))
-        self._undo = (lambda: delattr(owner, name)) if own is MISSING else (lambda: setattr(owner, name, own))
+        self._undo.append(lambda: delattr(owner, name) if own is MISSING else setattr(owner, name, own))
 
     def undo(self) -> None:
         """Restore what was there before; does nothing when the patch is not applied."""
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        self.problem = None
+        while self._undo:
+            self._undo.pop()()
 
-    def _locate(self) -> tuple[Any, str]:
-        *outer, name = self.target.partition(":")[2].split(".")
+    def _locate(self, place: str) -> tuple[Any, str]:
+        module, _, attribute = place.partition(":")
+        *outer, name = attribute.split(".")
         try:
-            owner = importlib.import_module(self.module)
+            owner = importlib.import_module(module)
             for step in outer:
                 owner = getattr(owner, step)
-        except (ImportError, AttributeError) as error:
-            raise self._error(str(error)) from error
+        except Exception as error:  # a package can fail at its import in any way
+            raise self._error(" ".join(str(error).split())) from error
         return owner, name
 
     def _check_parameters(self, original: Any) -> None:
         if not self.parameters:
             return
-        any_keyword = inspect.Parameter.VAR_KEYWORD
-        signature = inspect.signature(original).parameters.values()
-        found = [ANY_KEYWORD if parameter.kind is any_keyword else parameter.name for parameter in signature]
+        found = list(inspect.signature(original).parameters)
         missing = [name for name in self.parameters if name not in found]
         if missing:
             raise self._error(f"expected the parameter {missing[0]!r}, found: {', '.join(found) or 'none'}")
 
     def _error(self, problem: str) -> PatchError:
+        package = self.module.partition(".")[0]
+        of_fork = used().name if package == ORIGINAL else package
+        place = next(iter(self.places), self.target)
         return PatchError(
-            f"cannot patch {self.target}: {problem}. It comes from {_origin(self.module.partition('.')[0])}. The patch "
+            f"cannot patch {place}: {problem}. It comes from {_origin(of_fork)}. The patch "
             f"is there because {self.why}; is this a fork or a version that the plugin does not know?"
         )
 

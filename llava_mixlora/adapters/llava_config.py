@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import MixLoraError, printable
 from ..inputs import read_json
+from ..llava_package import used
 from ..method.field_kinds import is_number, is_place, is_whole
 from ..own_files import own_file
 from .config_file import config_of
@@ -189,7 +190,7 @@ def _problems(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def _is_of_llava(config_class: type) -> bool:
-    return config_class.__module__.partition(".")[0] == "llava"
+    return config_class.__module__.partition(".")[0] == used().name
 
 
 def _fields_of(config_class: type) -> set[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..llava_package import part
 from ..method.forward_passes import known_prompt
 
 
@@ -50,8 +51,7 @@ def answered_tokens(prompt: str, tokenizer: Any) -> Tensor | None:
 
     T is as `tokenizer_image_token` tells, one for an image.
     """
-    from llava.mm_utils import tokenizer_image_token
-
+    tokenizer_image_token = part("llava.mm_utils:tokenizer_image_token")
     answers = answers_of_prompt(prompt)
     if not answers:
         return None
@@ -107,14 +107,13 @@ def routed_by_turns(input_ids: Tensor) -> AbstractContextManager[None]:
 
 
 def _marks() -> Iterator[Marks]:
-    from llava.conversation import SeparatorStyle, conv_templates
-
-    for template in conv_templates.values():
+    styles = part("llava.conversation:SeparatorStyle")
+    for template in part("llava.conversation:conv_templates").values():
         asker, answerer = template.roles
-        if template.sep_style in (SeparatorStyle.SINGLE, SeparatorStyle.TWO):
-            closes = template.sep if template.sep_style == SeparatorStyle.SINGLE else template.sep2
+        if template.sep_style in (styles.SINGLE, styles.TWO):
+            closes = template.sep if template.sep_style == styles.SINGLE else template.sep2
             yield Marks(f"{template.sep}{answerer}:", closes, f"{asker}:")
-        elif template.sep_style == SeparatorStyle.MPT:
+        elif template.sep_style == styles.MPT:
             yield Marks(f"{template.sep}{answerer}", template.sep, asker)
-        elif template.sep_style == SeparatorStyle.LLAMA_2:
+        elif template.sep_style == styles.LLAMA_2:
             yield Marks("[/INST]", template.sep2, f"{template.sep}[INST]")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..llava_package import TRAIN, part
 from .conversations import IMAGE, Sample, Unusable
 
 WITHOUT_TEMPLATE = ("v0", "v0.5")
@@ -117,29 +118,26 @@ class TokenCounter:
         )
 
     def _counted(self, sample: Sample) -> tuple[int, int]:
-        from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-        from llava.train import train
-
+        constants = part("llava.constants")
         turns = [copy.deepcopy(sample["conversations"])]
         with self._template(), contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each mismatch
             try:
                 if "image" in sample:
                     how = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=self.marks_ends)
-                    turns = train.preprocess_multimodal(turns, how)
-                prepared = train.preprocess(turns, self.tokenizer, has_image="image" in sample)
+                    turns = part(f"{TRAIN}:preprocess_multimodal")(turns, how)
+                prepared = part(f"{TRAIN}:preprocess")(turns, self.tokenizer, has_image="image" in sample)
             except Exception as error:
                 raise Unusable(
                     "LLaVA cannot prepare it", f"LLaVA cannot prepare it ({type(error).__name__}: {error})"
                 ) from error
         ids, labels = (torch.as_tensor(prepared[name][0]) for name in ("input_ids", "labels"))
-        places = expanded_places(ids == IMAGE_TOKEN_INDEX, self.image_tokens)
-        tokens = len(ids) + (self.image_tokens - 1) * int((ids == IMAGE_TOKEN_INDEX).sum())
-        return tokens, int(((labels != IGNORE_INDEX) & (places < self.limit)).sum())
+        places = expanded_places(ids == constants.IMAGE_TOKEN_INDEX, self.image_tokens)
+        tokens = len(ids) + (self.image_tokens - 1) * int((ids == constants.IMAGE_TOKEN_INDEX).sum())
+        return tokens, int(((labels != constants.IGNORE_INDEX) & (places < self.limit)).sum())
 
     @contextmanager
     def _template(self) -> Iterator[None]:
-        from llava import conversation
-
+        conversation = part("llava.conversation")
         before = conversation.default_conversation
         if self.version not in WITHOUT_TEMPLATE:
             templates = conversation.conv_templates

@@ -26,6 +26,7 @@ from transformers import (
 from ..adapters.llava_config import as_data
 from ..errors import MixLoraError
 from ..inputs import check_model_path, expanded, read_json
+from ..llava_package import part
 from ..method.config import MixLoraConfig
 from ..method.tensor_names import FURTHER, KINDS
 from .step_memory import MEASURED_LAYERS, QuantizedLinear, TrainedLlava, peak_of_encoding, peak_of_step
@@ -408,8 +409,7 @@ def _projector(model: ModelConfig) -> nn.Module:
     from .. import patches
 
     patches.apply()  # without them LLaVA cannot be imported
-    from llava.model.multimodal_projector.builder import build_vision_projector
-
+    build_vision_projector = part("llava.model.multimodal_projector.builder:build_vision_projector")
     sizes = PretrainedConfig(
         mm_projector_type=model.projector_type,
         mm_hidden_size=model.tower.hidden_size,

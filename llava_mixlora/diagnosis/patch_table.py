@@ -66,6 +66,7 @@ def _row(patch: Patch) -> Row:
             patch.apply()  # for good: LLaVA can only be imported with what the patches before its own have put back
         except PatchError as error:
             problem = str(error)
+        problem = problem or patch.problem or ""
         fits = not problem
     versions = ", ".join(f"{package} {wanted}" for package, wanted in patch.requires.items()) or "all"
     return Row(patch.target, patch.kind, versions, patch.needed, fits, problem, patch.why)

@@ -13,7 +13,10 @@ from tqdm import tqdm
 from ..data.images import open_image
 from ..errors import MixLoraError
 from ..inference.loading import Loaded
+from ..llava_package import part
 from .questions import Question
+
+TEMPLATES = "llava.conversation:conv_templates"
 
 
 def answer(
@@ -60,31 +63,25 @@ def answer(
 
 def check_conversation(name: str) -> None:
     """Refuse a conversation template that upstream does not have."""
-    from llava.conversation import conv_templates
-
+    conv_templates = part(TEMPLATES)
     if name not in conv_templates:
         raise MixLoraError(f"--conv-mode {name}: no such template; expected one of {', '.join(conv_templates)}")
 
 
 def _prompt_ids(question: str, conversation: str, loaded: Loaded) -> Tensor:
-    from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-    from llava.conversation import conv_templates
-    from llava.mm_utils import tokenizer_image_token
-
     tokenizer, model, _ = loaded
-    image = DEFAULT_IMAGE_TOKEN
+    constants, tokenize = part("llava.constants"), part("llava.mm_utils:tokenizer_image_token")
+    image = constants.DEFAULT_IMAGE_TOKEN
     if getattr(model.config, "mm_use_im_start_end", False):
-        image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
-    turns = conv_templates[conversation].copy()
+        image = constants.DEFAULT_IM_START_TOKEN + image + constants.DEFAULT_IM_END_TOKEN
+    turns = part(TEMPLATES)[conversation].copy()
     turns.append_message(turns.roles[0], f"{image}\n{question}")
     turns.append_message(turns.roles[1], None)
-    return tokenizer_image_token(turns.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+    return tokenize(turns.get_prompt(), tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt")
 
 
 def _pixels(pictures: list[Image.Image], image_processor: Any, model: Any) -> Any:
-    from llava.mm_utils import process_images
-
-    pixels = process_images(pictures, image_processor, model.config)
+    pixels = part("llava.mm_utils:process_images")(pictures, image_processor, model.config)
     if isinstance(pixels, list):  # of several tiles each, whose numbers differ
         return [tiles.to(model.device, model.dtype) for tiles in pixels]
     return pixels.to(model.device, model.dtype)

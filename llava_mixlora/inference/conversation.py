@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..adapters.adapter_record import RECORD, read_record
 from ..errors import MixLoraError
+from ..llava_package import part
 
 SAME = {"vicuna_v1": "v1"}
 """Templates that upstream has under two names."""
@@ -35,8 +36,7 @@ def conversation_of(model_path: str | Path, said: str | None, flag: str, otherwi
 
 
 def _known(recorded: str, model_path: str | Path, flag: str) -> str:
-    from llava.conversation import conv_templates
-
+    conv_templates = part("llava.conversation:conv_templates")
     if recorded not in conv_templates:
         raise MixLoraError(
             f"{model_path}: its {RECORD} names the conversation template {recorded[:100]!r}, which LLaVA does not "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..adapters.adapter_folder import is_adapter
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_places import adapter_of, base_model_of
 from ..inputs import check_model_path
+from ..llava_package import part
 
 Loaded = tuple[Any, Any, Any]
 """Tokenizer, model and image processor."""
@@ -45,8 +48,7 @@ def load_for_inference(
     from .. import patches
 
     patches.apply()
-    from llava.model.builder import load_pretrained_model
-
+    load_pretrained_model = part("llava.model.builder:load_pretrained_model")
     model_path = adapter_of(str(model_path))
     has_adapter = is_adapter(model_path)
     base = base_model_of(model_path, model_base and str(model_base)) if has_adapter else None
@@ -59,8 +61,7 @@ def load_for_inference(
         name,
         load_8bit=bits == 8,
         load_4bit=bits == 4,
-        device_map=device,
-        device=device,
+        **_places(load_pretrained_model, device),
         keep_adapter=keep_adapter,
         choices=choices,
     )
@@ -68,6 +69,14 @@ def load_for_inference(
         size = 4 * sum(parameter.numel() for parameter in model.parameters())
         model = model.float() if size < psutil.virtual_memory().total / 2 else model.bfloat16()
     return tokenizer, model.eval(), image_processor
+
+
+def _places(loader: Callable[..., Any], device: str) -> dict[str, Any]:
+    """How a loader is told where the model goes, the vision tower with it."""
+    if "device" in inspect.signature(loader).parameters:
+        return {"device_map": device, "device": device}
+    # Forks without it leave the tower where an "auto" puts it, and else move it to a GPU.
+    return {"device_map": "auto" if device == "cpu" else {"": device}}
 
 
 def _is_mistral(model_path: str | Path) -> bool:

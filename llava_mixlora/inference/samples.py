@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..data.conversations import read_conversations
 from ..data.images import check_images
 from ..errors import MixLoraError
+from ..llava_package import TRAIN, part
 from ..writing import writing
 from .loading import Loaded
 
@@ -124,9 +125,7 @@ def training_data(
     Raises:
         MixLoraError: there is no template `version`.
     """
-    from llava import conversation
-    from llava.train.train import DataArguments, make_supervised_data_module
-
+    conversation = part("llava.conversation")
     if version not in conversation.conv_templates:
         known = ", ".join(conversation.conv_templates)
         raise MixLoraError(f"--version {version}: no such conversation template; expected one of {known}")
@@ -137,11 +136,13 @@ def training_data(
         file = Path(folder) / "samples.json"
         with writing(file, "make room there, or name another folder for temporary files in TMPDIR"):
             file.write_text(json.dumps(samples), encoding="utf-8")
-        arguments = DataArguments(data_path=str(file), image_folder=str(image_folder), is_multimodal=True)
+        arguments = part(f"{TRAIN}:DataArguments")(
+            data_path=str(file), image_folder=str(image_folder), is_multimodal=True
+        )
         arguments.image_processor = image_processor
         arguments.image_aspect_ratio = getattr(model.config, "image_aspect_ratio", None) or "square"
         arguments.mm_use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)
-        module = make_supervised_data_module(tokenizer, arguments)
+        module = part(f"{TRAIN}:make_supervised_data_module")(tokenizer, arguments)
     return module["train_dataset"], module["data_collator"]
 
 

@@ -13,6 +13,7 @@ from transformers import AddedToken, AutoProcessor, AutoTokenizer
 
 from ..errors import MixLoraError
 from ..inputs import read_json
+from ..llava_package import part
 from .chat_template import IMAGE, chat_template
 from .form import FEATURES
 
@@ -103,8 +104,7 @@ def check_prompts(folder: Path, source: Path, config: Mapping[str, Any], templat
     Raises:
         MixLoraError: they differ, so that the model would be asked otherwise than it was trained.
     """
-    from llava.mm_utils import tokenizer_image_token
-
+    tokenizer_image_token = part("llava.mm_utils:tokenizer_image_token")
     processor, upstream = AutoProcessor.from_pretrained(folder), _tokenizer(source)
     token = processor.image_token_id
     for turns in range(1, len(QUESTIONS) + 1):
@@ -150,8 +150,7 @@ def _prompt(template: str, questions: Sequence[str], image: str) -> tuple[str, l
 
 
 def _conversation(template: str) -> Any:
-    from llava.conversation import conv_templates
-
+    conv_templates = part("llava.conversation:conv_templates")
     if template not in conv_templates:
         raise MixLoraError(
             f"--version {template}: LLaVA has no such template; expected one of {', '.join(conv_templates)}"

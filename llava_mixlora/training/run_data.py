@@ -16,6 +16,7 @@ from ..data.check import MAX_LOST_SHARE, DataCheck, check_data
 from ..data.images import CHECKS, HEADERS, NONE
 from ..data.token_counts import WITHOUT_TEMPLATE, TokenCounter
 from ..errors import MixLoraError
+from ..llava_package import part
 from .given_flags import is_true
 
 UPSTREAM_DEFAULTS = {"version": "v0", "model_max_length": "512", "mm_vision_select_feature": "patch"}
@@ -141,8 +142,8 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
     elif tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if marks_ends:
-        from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN
-
-        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        constants = part("llava.constants")
+        marks = [constants.DEFAULT_IM_START_TOKEN, constants.DEFAULT_IM_END_TOKEN]
+        tokenizer.add_tokens(marks, special_tokens=True)
     image_tokens = config.image_tokens(known["mm_vision_select_feature"]) if config else 1
     return TokenCounter(tokenizer, version, image_tokens, marks_ends)

@@ -141,7 +141,6 @@ def takes(first, second=2):
     [
         (("first",), takes),
         (("second", "first"), takes),
-        (("first", "**kwargs"), lambda first, **others: "original"),
         (("other",), lambda first, other=1, added=2: "original"),
     ],
 )
