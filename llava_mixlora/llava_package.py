@@ -1,6 +1,6 @@
 """Which LLaVA is used, and where its parts are: found by what they are, whatever a fork calls them and itself.
 
-Parts are named as LLaVA itself names them, `"llava.train.llava_trainer:LLaVATrainer.training_step"`; a fork has the like
+Parts are named as LLaVA itself names them, `"llava.train.llava_trainer:LLaVATrainer.train"`; a fork has the like
 of them elsewhere, or not at all. Files are read and none is imported: many forks cannot be before patches are in place.
 """
 
@@ -41,13 +41,14 @@ DATA_SET = "LazySupervisedDataset"
 
 @dataclass(frozen=True)
 class Defined:
-    """One name that a module defines or imports, with the names of the bases and methods of a class."""
+    """One name that a module defines, with the names of a class's bases and methods, or imports from a source."""
 
     module: str
     name: str
     bases: tuple[str, ...] = ()
     methods: frozenset[str] = frozenset()
     imported: bool = False
+    source: str | None = None
 
     @property
     def place(self) -> str:
@@ -100,6 +101,11 @@ class LlavaPackage:
             return here if here in self._modules else None
         having = [one.module for one in self._named(leading) if not one.imported]
         return here if here in having else min(having, key=_depth, default=None)
+
+    def imports(self, module: str, name: str) -> bool:
+        """Whether any of its modules imports that name from that module."""
+        source = f"{module}:{name}"
+        return any(one.source == source for defined in self._modules.values() for one in defined)
 
     @property
     def trains(self) -> bool:
@@ -213,7 +219,7 @@ def part(name: str) -> Any:
     places = _used.places(name) if ":" in name else ()
     if not places:
         raise MixLoraError(
-            f"{_used.name}, in {_used.folder or 'no folder, for it is not installed'}, has nothing like LLaVA's {name}, "
+            f"{_used.name}, in {_used.folder or 'no folder, for it is not installed'}, lacks the like of {name}, "
             "which this command needs"
         )
     module, _, attribute = places[0].partition(":")
@@ -311,7 +317,9 @@ def _defined(module: str, tree: ast.Module) -> Iterator[Defined]:
         elif isinstance(node, ast.Assign):
             yield from (Defined(module, name.id) for name in node.targets if isinstance(name, ast.Name))
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield from (Defined(module, alias.asname or alias.name, imported=True) for alias in node.names)
+            source = getattr(node, "module", None)
+            for alias in node.names:
+                yield Defined(module, alias.asname or alias.name, imported=True, source=f"{source}:{alias.name}")
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -23,6 +23,7 @@ from . import (
     peft_save_and_load,
     transformers_code,
     transformers_config,
+    transformers_former_names,
     transformers_peft,
     transformers_peft_statistics,
     transformers_trainer,
@@ -32,6 +33,7 @@ from .patch import KINDS, Patch, PatchError
 # LLaVA cannot be imported before transformers has back what it imports, so the order matters.
 PATCHES: tuple[Patch, ...] = (
     *transformers_trainer.PATCHES,
+    *transformers_former_names.PATCHES,
     *llava_llama.PATCHES,
     *llava_arch.PATCHES,
     *llava_builder.PATCHES,

@@ -42,6 +42,8 @@ class Patch:
         parameters: names that the target must take, since the patch relies on them; it may take others.
         requires: package versions that need the patch, such as `{"transformers": ">=5"}`; elsewhere it is skipped.
         adds: the symbol does not exist there (it has moved or was dropped) and the patch puts it back.
+        imported: with `adds`, a symbol that some LLaVAs import: it is put back only where the one that is used does, and
+            left alone where it still exists.
         program: the module is a program that begins to act when it is imported: only `llava-mixlora run` patches it,
             when it is what is to be run.
 
@@ -59,6 +61,7 @@ class Patch:
     parameters: tuple[str, ...] = ()
     requires: dict[str, str] = field(default_factory=dict)
     adds: bool = False
+    imported: str | None = None
     program: bool = False
     problem: str | None = field(default=None, init=False, repr=False)
     """Why it was left out, where it was needed and does not fit."""
@@ -81,7 +84,9 @@ class Patch:
 
     @property
     def needed(self) -> bool:
-        """Whether the installed versions need it."""
+        """Whether the installed versions need it, and the LLaVA that is used."""
+        if self.imported is not None and not used().imports(*self.imported.split(":")):
+            return False
         return all(_installed(package) in SpecifierSet(spec) for package, spec in self.requires.items())
 
     def can_be_left_out(self, package: LlavaPackage) -> bool:
@@ -109,6 +114,8 @@ class Patch:
     def _replace(self, place: str) -> None:
         owner, name = self._locate(place)
         original = getattr(owner, name, MISSING)
+        if self.imported is not None and original is not MISSING:
+            return
         if (original is MISSING) != self.adds:
             expected = "to be missing" if self.adds else "to exist"
             raise self._error(f"expected it {expected}")
