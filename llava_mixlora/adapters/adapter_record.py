@@ -65,6 +65,7 @@ class AdapterRecord:
         images: by the names of [`IMAGE_FLAGS`], how they were shown.
         data: name of the file, number of samples, and SHA-256 of their ids, texts, image names and tasks.
         merged: what was merged into the checkpoint that this record lies in.
+        package: the LLaVA that trained it, by the name of its package, where that is a fork under another name.
         version: of the plugin.
         format: see [`FORMAT`].
     """
@@ -75,12 +76,14 @@ class AdapterRecord:
     images: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     merged: tuple[MergedAdapter, ...] = ()
+    package: str | None = None
     version: str = VERSION
     format: int = FORMAT
 
     def save(self, folder: str | Path) -> None:
         """Write `adapter_record.json` into a folder."""
-        write_whole(Path(folder) / RECORD, json.dumps(asdict(self), indent=2) + "\n")
+        told = {name: value for name, value in asdict(self).items() if (name, value) != ("package", None)}
+        write_whole(Path(folder) / RECORD, json.dumps(told, indent=2) + "\n")
 
     def with_merged(self, adapter: MergedAdapter, before: AdapterRecord | None) -> AdapterRecord:
         """That of the checkpoint which merging `adapter` makes, of a base whose own record is `before`."""
@@ -121,6 +124,7 @@ def read_record(model: str | Path, cache_dir: str | None = None) -> AdapterRecor
             images=dict(contents.get("images") or {}),
             data=_data(contents),
             merged=tuple(MergedAdapter(_text(each, "name"), _text(each, "weights")) for each in contents["merged"]),
+            package=_text(contents, "package"),
             version=_text(contents, "version"),
             format=contents["format"],
         )

@@ -157,8 +157,7 @@ class TokenCounter:
 
     @cached_property
     def _marks(self) -> list[str]:
-        from llava import conversation
-
+        conversation = part("llava.conversation")
         with self._template():
             template = conversation.default_conversation
         roles = [f"{role}: " for role in template.roles]
@@ -173,16 +172,14 @@ class TokenCounter:
     @cached_property
     def _overhead(self) -> int:
         """At least as many tokens as the template puts in front of the first turn."""
-        from llava import conversation
-
+        conversation = part("llava.conversation")
         with self._template():
             return len(self.tokenizer(conversation.default_conversation.system).input_ids) + 16
 
     @cached_property
     def _overhead_of_a_turn(self) -> int:
         """At least as many tokens as the template adds for each turn."""
-        from llava import conversation
-
+        conversation = part("llava.conversation")
         with self._template():
             template = conversation.default_conversation
         return 2 * max(len((text or "").encode()) for text in (*template.roles, template.sep, template.sep2)) + 8

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -43,6 +45,7 @@ def answer(
         MixLoraError: there is no such template, or an image is damaged.
     """
     tokenizer, model, image_processor = loaded
+    takes_sizes = "image_sizes" in _parameters_of_generate(model)
     padding, padded = tokenizer.pad_token_id or 0, getattr(model.config, "image_aspect_ratio", None) == "pad"
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     for batch in tqdm(batches, desc="Answering", unit="batch", disable=not progress):
@@ -53,12 +56,26 @@ def answer(
                 input_ids.to(model.device),
                 attention_mask=attention_mask.to(model.device),
                 images=_pixels(pictures, image_processor, model),
-                image_sizes=[picture.size for picture in pictures],
+                **({"image_sizes": [picture.size for picture in pictures]} if takes_sizes else {}),
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=padding,
             )
+        if len(output) != len(batch):
+            raise MixLoraError(
+                f"{part('llava.model.llava_arch').__name__} gave {len(output)} answers to {len(batch)} questions; ask one "
+                "at a time, with --batch-size 1"
+            )
+        prompts = input_ids.to(output.device)
+        if output.shape[1] >= prompts.shape[1] and torch.equal(output[:, : prompts.shape[1]], prompts):
+            output = output[:, prompts.shape[1] :]  # LLaVA of 2023 gives the prompt back, with its image tokens
         yield batch, [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def _parameters_of_generate(model: Any) -> set[str]:
+    """What images are given with: LLaVA's own generate() takes it, or, where it has none, its forward()."""
+    llava = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {*inspect.signature(llava.generate).parameters, *inspect.signature(llava.forward).parameters}
 
 
 def check_conversation(name: str) -> None:

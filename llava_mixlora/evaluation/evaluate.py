@@ -235,9 +235,11 @@ def _answer(questions: list[Question], asking: Asking, output: Path, batch_size:
     if not questions:
         return
     from .. import patches
+    from ..adapters.its_llava import use_its_llava
     from ..inference.loading import load_for_inference
     from .answering import answer, check_conversation
 
+    use_its_llava(asking.model_path)
     patches.apply()  # without them LLaVA cannot be imported
     check_conversation(asking.conversation)
     loaded = load_for_inference(

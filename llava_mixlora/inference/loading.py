@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..adapters.adapter_folder import is_adapter
+from ..adapters.its_llava import use_its_llava
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_places import adapter_of, base_model_of
 from ..inputs import check_model_path
@@ -47,6 +48,7 @@ def load_for_inference(
     check_model_path("--model-path", str(model_path))
     from .. import patches
 
+    use_its_llava(adapter_of(str(model_path)))
     patches.apply()
     load_pretrained_model = part("llava.model.builder:load_pretrained_model")
     model_path = adapter_of(str(model_path))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter_record import IMAGE_FLAGS, AdapterRecord, known_model
+from ..llava_package import ORIGINAL, part, used
 from .resuming import Run
 
 
@@ -25,13 +26,13 @@ def run_record(base: str, config: Any, run: Run | None, cache_dir: str | None = 
         vision_tower=known_model(tower, cache_dir) if tower else None,
         images={name: getattr(config, name) for name in IMAGE_FLAGS if getattr(config, name, None) is not None},
         data={} if run is None else _data(run),
+        package=None if used().name == ORIGINAL else used().name,
     )
 
 
 def _template() -> str | None:
     """The name of the template that upstream's train() has chosen by its flag --version."""
-    from llava import conversation
-
+    conversation = part("llava.conversation")
     chosen = conversation.default_conversation
     return next((name for name, template in conversation.conv_templates.items() if template is chosen), None)
 
