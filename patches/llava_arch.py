@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,14 +18,30 @@ from llava_mixlora.method.model_inputs import IGNORE_INDEX
 from .patch import FAULT, METHOD, Patch
 
 MODALITIES = "modalities"
+_given_embeddings: ContextVar[torch.Tensor | None] = ContextVar("inputs_embeds of a forward pass", default=None)
+
+
+def _keep_given_embeddings(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _given_embeddings.set(kwargs.get("inputs_embeds"))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _given_embeddings.reset(token)
+
+    return forward
 
 
 def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     @functools.wraps(original)
     def prepare_inputs_labels_for_multimodal(self: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        answers = known_answers()
+        answers, given = known_answers(), _given_embeddings.get()
         call = inspect.signature(original).bind(self, *args, **kwargs)
         token_ids, labels = call.arguments["input_ids"], call.arguments["labels"]
+        if token_ids is None and given is not None:
+            *before, _, labels = original(*call.args, **call.kwargs)
+            return (*before, given, labels)
         _name_all_modalities(call, len(token_ids))
         # Upstream only moves labels along with their tokens, and fills in IGNORE_INDEX at image features and padding.
         # So places in their stead come back as the place that each position of the new sequence comes from.
@@ -76,5 +93,11 @@ PATCHES = (
         why="the mask and the labels of the sequence that the layers see, image features included, first exist here",
         replace=_tell_routing_scope,
         parameters=("input_ids", "attention_mask", "labels"),
+    ),
+    Patch(
+        "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.forward",
+        kind=FAULT,
+        why="LLaVA of 2023 puts images in also where it is given the embeddings of a sequence, which it then forgets",
+        replace=_keep_given_embeddings,
     ),
 )

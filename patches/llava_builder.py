@@ -40,6 +40,8 @@ from ..adapters.adapter_folder import NOT_THE_LANGUAGE_MODEL
 from .patch import FAULT, METHOD, Patch
 
 ATTENTION = "attn_implementation"
+OURS = ("keep_adapter", "choices")
+"""What `load_pretrained_model` takes here, and no LLaVA's own does."""
 OUTSIDE = re.compile(NOT_THE_LANGUAGE_MODEL)
 Loaded = tuple[Any, Any, Any, int]  # tokenizer, model, image processor, context length
 
@@ -211,6 +213,7 @@ def _pad_on_the_left(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
 def _flash_attention_where_it_runs(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     @functools.wraps(original)
     def load_pretrained_model(*args: Any, **kwargs: Any) -> Loaded:
+        ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
         # A parameter of some forks, in others one of the keywords that go on to the model's class.
@@ -221,7 +224,7 @@ def _flash_attention_where_it_runs(original: Callable[..., Loaded]) -> Callable[
                 given.arguments["use_flash_attn"] = False
             device = "cuda" if torch.cuda.is_available() else "cpu"
             options[ATTENTION] = available_attention(asked, given.arguments.get("device", device))
-        return original(*given.args, **given.kwargs)
+        return original(*given.args, **given.kwargs, **ours)
 
     return load_pretrained_model
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
+from .stored_weights import StoredWeights
+
 
 @contextmanager
 def linked_base(base: str | Path, config: dict[str, Any]) -> Iterator[Path]:
@@ -28,5 +30,8 @@ def linked_base(base: str | Path, config: dict[str, Any]) -> Iterator[Path]:
         for file in folder.iterdir():
             if file.name != CONFIG_NAME:
                 (Path(place) / file.name).symlink_to(file.absolute())
+        # Some loaders make the tower before the base is read, and leave it empty where the base does not hold one.
+        has_tower = any("vision_tower" in name for name in StoredWeights(folder))
+        config = {**config, "delay_load": not has_tower}
         (Path(place) / CONFIG_NAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
         yield Path(place)

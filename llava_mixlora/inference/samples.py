@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import tempfile
@@ -151,14 +152,22 @@ def with_images(model: nn.Module, batch: Batch) -> Batch:
 
     Args:
         model: a PeftModel around a LLaVA.
-        batch: `input_ids`, `attention_mask` and `labels` [B, T], and `images` [B, 3, height, width].
+        batch: `input_ids`, `attention_mask` and `labels` [B, T], and `images` [B, 3, height, width] or a list of images,
+            with what else the collator tells of them.
 
     Returns:
-        `inputs_embeds` [B, S, d], `attention_mask` and `labels` [B, S], and `position_ids` (None).
+        `inputs_embeds` [B, S, d], `attention_mask` and `labels` [B, S], and `position_ids` (None), if it takes any.
     """
-    batch = {name: value.to(model.device) for name, value in batch.items()}
+    llava = model.get_base_model()
+    images = batch["images"]  # of several sizes, or in some forks always, a list
+    pixels = [each.to(model.device, model.dtype) for each in images]
+    told = {**batch, "position_ids": None, "past_key_values": None}
+    told |= {"images": pixels if isinstance(images, list) else torch.stack(pixels)}
+    told |= {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "labels")}
+    taken = inspect.signature(llava.prepare_inputs_labels_for_multimodal).parameters
     with torch.no_grad():
-        _, positions, mask, _, embeddings, labels = model.get_base_model().prepare_inputs_labels_for_multimodal(
-            batch["input_ids"], None, batch["attention_mask"], None, batch["labels"], batch["images"].to(model.dtype)
-        )
-    return {"inputs_embeds": embeddings, "position_ids": positions, "attention_mask": mask, "labels": labels}
+        prepared = llava.prepare_inputs_labels_for_multimodal(**{name: told[name] for name in taken if name in told})
+    *others, mask, _, embeddings, labels = prepared
+    # LLaVA of 2023 knows no positions of its own.
+    positions = {"position_ids": others[1]} if len(others) > 1 else {}
+    return {"inputs_embeds": embeddings, **positions, "attention_mask": mask, "labels": labels}
