@@ -362,7 +362,6 @@ def _model_type(tree: ast.Module) -> str | None:
     return None
 
 
-@functools.cache
 def _text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")

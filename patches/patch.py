@@ -42,8 +42,8 @@ class Patch:
         parameters: names that the target must take, since the patch relies on them; it may take others.
         requires: package versions that need the patch, such as `{"transformers": ">=5"}`; elsewhere it is skipped.
         adds: the symbol does not exist there (it has moved or was dropped) and the patch puts it back.
-        imported: with `adds`, a symbol that some LLaVAs import: it is put back only where the one that is used does, and
-            left alone where it still exists.
+        imported: with `adds`, a symbol that some LLaVAs import: it is put back only where the one that is used does,
+            and left alone where it still exists.
         program: the module is a program that begins to act when it is imported: only `llava-mixlora run` patches it,
             when it is what is to be run.
 

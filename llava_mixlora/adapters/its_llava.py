@@ -21,7 +21,7 @@ def use_its_llava(model_path: str | Path) -> None:
         return
     if not (package.isidentifier() and is_llava(package)):
         raise MixLoraError(
-            f"{model_path}: its {RECORD} says that {package[:100]!r} trained it, and no LLaVA of that name is installed "
-            "here; install that fork, or put its folder on PYTHONPATH"
+            f"{model_path}: its {RECORD} says that {package[:100]!r} trained it, and no LLaVA of that name is "
+            "installed here; install that fork, or put its folder on PYTHONPATH"
         )
     use(LlavaPackage(package))

@@ -63,8 +63,8 @@ def answer(
             )
         if len(output) != len(batch):
             raise MixLoraError(
-                f"{part('llava.model.llava_arch').__name__} gave {len(output)} answers to {len(batch)} questions; ask one "
-                "at a time, with --batch-size 1"
+                f"{part('llava.model.llava_arch').__name__} gave {len(output)} answers to {len(batch)} questions; ask "
+                "one at a time, with --batch-size 1"
             )
         prompts = input_ids.to(output.device)
         if output.shape[1] >= prompts.shape[1] and torch.equal(output[:, : prompts.shape[1]], prompts):

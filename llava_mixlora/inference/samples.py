@@ -152,8 +152,8 @@ def with_images(model: nn.Module, batch: Batch) -> Batch:
 
     Args:
         model: a PeftModel around a LLaVA.
-        batch: `input_ids`, `attention_mask` and `labels` [B, T], and `images` [B, 3, height, width] or a list of images,
-            with what else the collator tells of them.
+        batch: `input_ids`, `attention_mask` and `labels` [B, T], and `images` [B, 3, height, width] or a list of
+            images, with what else the collator tells of them.
 
     Returns:
         `inputs_embeds` [B, S, d], `attention_mask` and `labels` [B, S], and `position_ids` (None), if it takes any.
