@@ -25,7 +25,7 @@ from llava_mixlora.adapters.base_check import check_base, check_tower
 from llava_mixlora.adapters.config_file import config_of
 from llava_mixlora.adapters.llava_config import check_is_no_native, check_names_no_code, llava_config
 from llava_mixlora.adapters.linked_base import linked_base
-from llava_mixlora.adapters.loader_branch import branch_of
+from llava_mixlora.adapters.loader_branch import Branch, branch_of
 from llava_mixlora.adapters.loader_names import loader_name
 from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
 from llava_mixlora.adapters.model_places import adapter_of, base_model_of, vision_tower_of
@@ -67,7 +67,7 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         if not is_adapter(model_path):
             check_names_no_code(model_path)
             check_is_no_native(model_path)
-            config = None if model_base else _with_its_tower(model_path, chosen)
+            config = None if model_base else _with_its_tower(original, model_path, chosen)
             if config is None:
                 return original(model_path, model_base, model_name, *args, **kwargs)
             return _load_whole(original, model_path, config, model_name, *args, **kwargs)
@@ -115,7 +115,7 @@ def _load_adapter(
     return tokenizer, adapted, image_processor, context_length
 
 
-def _with_its_tower(model_path: str, choices: ModelChoices) -> Any:
+def _with_its_tower(loader: Callable[..., Loaded], model_path: str, choices: ModelChoices) -> Any:
     """The configuration that a whole LLaVA is loaded with, so that its vision tower is found; None: its own."""
     from transformers import AutoConfig
 
@@ -124,7 +124,9 @@ def _with_its_tower(model_path: str, choices: ModelChoices) -> Any:
         return None
     found = vision_tower_of(model_path, recorded, choices.vision_tower)
     check_tower(model_path, found, choices.allow_other_base)
-    if found == recorded:
+    branch = _branch(loader, (config_of(model_path) or {}).get("model_type"))
+    # A loader that reads the configuration itself may have to be told that the tower is not among the weights.
+    if found == recorded and (branch is None or branch.takes_config):
         return None
     config = AutoConfig.from_pretrained(model_path)
     config.mm_vision_tower = found
@@ -242,9 +244,13 @@ def _by_model_type(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     return load_pretrained_model
 
 
-def _name_of(loader: Callable[..., Loaded], model_type: str | None, is_adapter: bool) -> str | None:
+def _branch(loader: Callable[..., Loaded], model_type: str | None) -> Branch | None:
     model = used().language_model(model_type)
-    branch = None if model is None else branch_of(loader, model[0].name)
+    return None if model is None else branch_of(loader, model[0].name)
+
+
+def _name_of(loader: Callable[..., Loaded], model_type: str | None, is_adapter: bool) -> str | None:
+    branch = _branch(loader, model_type)
     if branch is None:
         return loader_name(model_type, is_adapter)
     return f"{branch.name}-lora" if is_adapter else branch.name
