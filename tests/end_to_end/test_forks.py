@@ -53,12 +53,12 @@ CHANGES = {
         ["llava.model.builder:load_pretrained_model: expected it to exist"],
     ),
     "removed parameter": (
-        ("train/train.py", r"def train\(attn_implementation=None\):", "def train():\n    attn_implementation = None"),
-        ["llava.train.train:train: expected the parameter 'attn_implementation', found: none"],
-    ),
-    "no other keywords": (
-        ("model/builder.py", r"use_flash_attn=False, \*\*kwargs\):", "use_flash_attn=False):\n    kwargs = {}"),
-        ["llava.model.builder:load_pretrained_model: expected the parameter '**kwargs', found: model_path, model_base"],
+        (
+            "model/builder.py",
+            r"def load_pretrained_model\(model_path, model_base,",
+            "def load_pretrained_model(model_path,",
+        ),
+        ["llava.model.builder:load_pretrained_model: expected the parameter 'model_base', found: model_path"],
     ),
 }
 
@@ -72,10 +72,25 @@ def test_changed_symbol_is_named_with_what_was_expected_and_where_it_comes_from(
     assert f"It comes from {folder}." in line  # and not with the version of the LLaVA that it hides
 
 
-def test_fork_that_only_adds_runs(fork, tmp_path):
-    folder = fork(
-        "train/train.py", r"def train\(attn_implementation=None\)", "def train(attn_implementation=None, more=1)"
-    )
+UNUSED = {
+    "more parameters": (
+        "train/train.py",
+        r"def train\(attn_implementation=None\)",
+        "def train(attn_implementation=None, n=1)",
+    ),
+    "fewer parameters": ("train/train.py", r"def train\(attn_implementation=None\):", "def train():"),
+    "no keywords for the class": (
+        "model/builder.py",
+        r"use_flash_attn=False, \*\*kwargs\):",
+        "use_flash_attn=False):\n    kwargs = {}",
+    ),
+    "no Trainer": ("train/llava_trainer.py", r"class LLaVATrainer\(Trainer\)", "class AnotherTrainer(Trainer)"),
+}
+
+
+@pytest.mark.parametrize("change", UNUSED)
+def test_fork_whose_changes_the_run_does_without_runs(fork, tmp_path, change):
+    folder = fork(*UNUSED[change])
     done = run_with(folder, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"ran with {folder / '__init__.py'}"

@@ -1,0 +1,86 @@
+"""What forks take and give where images enter the sequence, and names that they import, by small stand-ins."""
+
+import pytest
+import torch
+from llava_mixlora.patches import llava_arch, transformers_former_names
+from llava_mixlora.patches.patch import Patch
+
+from llava_mixlora import llava_package
+
+pytestmark = pytest.mark.one_stack
+IDS, MASK = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)
+
+
+def of_2023(self, input_ids, attention_mask, past_key_values, labels, images):
+    """Five values; forgets embeddings where it is given no tokens."""
+    if images is None:
+        return input_ids, attention_mask, past_key_values, None, labels
+    return None, attention_mask, past_key_values, torch.zeros(*input_ids.shape, 4), labels
+
+
+def with_modalities(
+    self, input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities=("image",)
+):
+    """Six values, of as many rows as it is given modalities."""
+    rows = len(modalities)
+    return None, position_ids, attention_mask[:rows], None, torch.zeros(rows, 3, 4), labels[:rows]
+
+
+def test_five_values_come_back_with_the_labels_of_the_tokens():
+    prepare = llava_arch._tell_routing_scope(of_2023)
+    labels = torch.tensor([[-100, 2, 3], [-100, -100, 6]])
+    ids, mask, cache, embeddings, moved = prepare(None, IDS, MASK, None, labels, images=[1])
+    assert ids is None and cache is None and mask is MASK and embeddings.shape == (2, 3, 4)
+    assert torch.equal(moved, labels)
+
+
+def test_every_row_of_a_batch_is_given_its_modality():
+    prepare = llava_arch._tell_routing_scope(with_modalities)
+    *_, embeddings, _ = prepare(None, IDS, None, MASK, None, None, images=[1, 2])
+    assert len(embeddings) == 2
+    assert len(prepare(None, IDS, None, MASK, None, None, [1, 2], "image")[4]) == 2
+    assert len(prepare(None, IDS, None, MASK, None, None, [1, 2], ["image", "video"])[4]) == 2
+
+
+def test_given_embeddings_are_not_forgotten():
+    prepare = llava_arch._tell_routing_scope(of_2023)
+
+    def forward(self, input_ids=None, inputs_embeds=None):
+        *_, inputs_embeds, _ = prepare(self, input_ids, MASK, None, None, None)
+        return inputs_embeds
+
+    given = torch.ones(2, 3, 4)
+    assert llava_arch._keep_given_embeddings(forward)(None, inputs_embeds=given) is given
+    assert llava_arch._keep_given_embeddings(forward)(None, IDS) is None
+
+
+def test_masks_of_former_names_block_padding_and_what_comes_later():
+    mask = torch.tensor([[1, 1, 0]])
+    blocked = transformers_former_names.blocked_padding(mask, 2)
+    assert blocked.tolist() == [[[[False, False, True]] * 2]]
+    later = transformers_former_names.blocked_future((1, 2), past_key_values_length=1)
+    assert later.tolist() == [[[[False, False, True], [False, False, False]]]]
+    added = transformers_former_names.added_for_padding(mask, torch.float32)
+    assert added.shape == (1, 1, 3, 3) and added[0, 0, 0].tolist() == [0, 0, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("imports, is_there, added", [(True, False, True), (False, False, False), (True, True, False)])
+def test_former_name_is_put_back_where_it_is_imported_and_missing(monkeypatch, imports, is_there, added):
+    import transformers.trainer
+
+    monkeypatch.setattr(llava_package.LlavaPackage, "imports", lambda *_: imports)
+    if is_there:
+        monkeypatch.setattr(transformers.trainer, "FormerName", "its own", raising=False)
+    patch = transformers_former_names._former(
+        "transformers.trainer:FormerName", ShardedName := type("FormerName", (), {})
+    )
+    assert isinstance(patch, Patch)
+    patch.apply()
+    try:
+        assert patch.applied == added
+        assert getattr(transformers.trainer, "FormerName", None) == (
+            ShardedName if added else "its own" if is_there else None
+        )
+    finally:
+        patch.undo()
+    assert hasattr(transformers.trainer, "FormerName") == is_there
