@@ -3,8 +3,10 @@
 #
 #   bash scripts/test_stacks.sh [STACK ...]
 #
-#   STACK  transformers-4.37 (LLaVA's own versions), transformers-4.57 or default (default: all three)
+#   STACK  transformers-4.37 (LLaVA's own versions), transformers-4.40 (LLaVA-NeXT), transformers-4.57 or default
+#          (default: all four)
 #
+# LLaVA-NeXT is fetched by git, or LLAVA=FOLDER names a checkout of it; where neither can be had, its stack is skipped.
 # The versions of a stack are in scripts/constraints-STACK.txt (default: scripts/constraints.txt), its environment is
 # .stacks/STACK (default: the active one, or .venv). With SKIP_TESTS=default only the adapters of that stack are tested,
 # after scripts/test.sh, which runs the tests on it.
@@ -31,10 +33,38 @@ tests=(
     tests/end_to_end/test_launchers.py tests/end_to_end/test_checkpoints.py tests/end_to_end/test_serving.py
     tests/patches tests/llava_mixlora
 )
+# The stack of LLaVA-NeXT, at the commit that scripts/README.md (Versions) names, and what is tested there.
+next=transformers-4.40
+next_from=https://github.com/LLaVA-VL/LLaVA-NeXT
+next_commit=b42941ceba259d5df18f8df8193a3897296a0449
+next_tests=(tests/forks tests/patches tests/llava_mixlora)
 export OMP_NUM_THREADS=1
 export TESTS_COMPILED="$PWD/.stacks/compiled" # of all stacks, which have the same torch
 shared="$(mktemp -d)"
 trap 'rm -rf "$shared"' EXIT
+
+# next_folder: tells where LLaVA-NeXT is, and fetches it if need be; fails, with the reason, where it cannot be had.
+next_folder() {
+    local folder="$PWD/.stacks/LLaVA-NeXT" part
+    if [[ -n "${LLAVA:-}" ]]; then
+        [[ -f "$LLAVA/llava/__init__.py" ]] || { echo "LLAVA=$LLAVA holds no llava package; expected a checkout"; return 1; }
+        (cd "$LLAVA" && pwd)
+        return
+    fi
+    if [[ ! -d "$folder" ]]; then
+        mkdir -p .stacks
+        part="$(mktemp -d "$PWD/.stacks/LLaVA-NeXT.XXXXXX")"
+        if ! (cd "$part" && git init --quiet && export GIT_TERMINAL_PROMPT=0 \
+            && timeout 300 git fetch --quiet --depth 1 "$next_from" "$next_commit" && git checkout --quiet FETCH_HEAD) 2> "$part.log"; then
+            echo "$next_from could not be fetched ($(tail -n 1 "$part.log")); LLAVA=FOLDER names a checkout of it"
+            rm -rf "$part" "$part.log"
+            return 1
+        fi
+        rm "$part.log"
+        mv "$part" "$folder"
+    fi
+    echo "$folder"
+}
 
 # in_stack STACK COMMAND...: runs a command in the stack's environment, which is set up first.
 in_stack() {
@@ -44,6 +74,7 @@ in_stack() {
         if [[ "$stack" != default ]]; then
             unset CONDA_PREFIX
             export VIRTUAL_ENV="$PWD/.stacks/$stack" CONSTRAINTS="$PWD/scripts/constraints-$stack.txt" EXTRAS=qlora,deepspeed,serve,dev
+            [[ "$stack" != "$next" ]] || export EXTRAS="$EXTRAS,next" PYTHONPATH="$next_at"
             export PIP_NO_COMPILE=1 # most of what is installed is never imported
             [[ -x "$VIRTUAL_ENV/bin/python" ]] || "${PYTHON:-python3}" -m venv "$VIRTUAL_ENV" || exit 1
             export PATH="$VIRTUAL_ENV/bin:$PATH"
@@ -58,8 +89,10 @@ in_stack() {
 # test_stack STACK PROCESSES: what is run in the stack's environment.
 test_stack() {
     if [[ " ${SKIP_TESTS:-} " != *" $1 "* ]]; then
+        local chosen=("${tests[@]}")
+        [[ "$1" != "$next" ]] || chosen=("${next_tests[@]}")
         python -m pytest --numprocesses "$2" --dist loadfile --no-loadscope-reorder \
-            -m "not slow and not one_stack" "${tests[@]}"
+            -m "not slow and not one_stack" "${chosen[@]}"
     fi
 }
 
@@ -75,28 +108,41 @@ of_stack() {
     echo "$1: passed in $SECONDS s, installed in $installed s"
 }
 
+# LLaVA-NeXT's is left out where that cannot be had; where LLAVA is wrong, it was meant to be tested.
+here=() of_llava=() summary=()
+for stack in "${stacks[@]}"; do
+    if [[ "$stack" != "$next" ]]; then
+        here+=("$stack")
+        of_llava+=("$stack")
+    elif next_at="$(next_folder)"; then
+        here+=("$stack")
+    else
+        [[ -z "${LLAVA:-}" ]] || { echo "error: $next_at" >&2; exit 1; }
+        summary+=("$stack: skipped: $next_at")
+    fi
+done
+
 # All at once, with one process or more each: much of it waits for a single one. What they say comes when they end.
-processes="$(($(env -u OMP_NUM_THREADS nproc) / ${#stacks[@]}))" # nproc goes by it
+processes="$(($(env -u OMP_NUM_THREADS nproc) / (${#here[@]} > 0 ? ${#here[@]} : 1)))" # nproc goes by it
 failed=0
 running=()
-summary=()
-for stack in "${stacks[@]}"; do
+for stack in "${here[@]}"; do
     of_stack "$stack" "$((processes > 1 ? processes : 1))" > "$shared/$stack.log" 2>&1 &
     running+=("$!")
 done
-for number in "${!stacks[@]}"; do
+for number in "${!here[@]}"; do
     wait "${running[number]}" || failed=1
-    cat "$shared/${stacks[number]}.log"
-    summary+=("$(tail -n 1 "$shared/${stacks[number]}.log")")
+    cat "$shared/${here[number]}.log"
+    summary+=("$(tail -n 1 "$shared/${here[number]}.log")")
 done
 # One after the other: the first, the oldest, writes the base that all train on, since older versions of transformers do
 # not read what newer ones write.
 for what in trains load; do
-    for stack in "${stacks[@]}"; do
+    for stack in "${of_llava[@]}"; do
         echo "== adapters on $stack: $what"
         outcome=passed
         in_stack "$stack" python -m pytest tests/stacks -k "$what" || { outcome=FAILED; failed=1; }
-        summary+=("$stack: adapters of ${stacks[*]}, $what: $outcome")
+        summary+=("$stack: adapters of ${of_llava[*]}, $what: $outcome")
     done
 done
 printf '%s\n' "" "${summary[@]}"
