@@ -359,6 +359,19 @@ def test_routers_see_centred_words_of_unit_size_in_every_layer(llama):
         torch.testing.assert_close(route.score_A, (u @ router.t()).softmax(dim=-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_instructions_that_are_all_alike_take_one_route_and_not_one_of_rounding(llama, dtype):
+    model = randomise(adapt(llama, "same, words", randomised=False)).train()
+    ids = random_ids(1, 7)
+    for copies in (3, 1, 2):
+        model(input_ids=ids.expand(copies, -1), labels=torch.where(torch.arange(7) < 4, -100, ids).expand(copies, -1))
+    model.eval().to(dtype)
+    with torch.no_grad():
+        model(input_ids=ids[:, :4])
+    for route in model.base_model.routes().values():
+        assert (route.score_A == route.score_A[0, 0]).all()
+
+
 def test_centre_is_the_mean_over_training_and_stays_after_the_warm_up(llama, monkeypatch):
     monkeypatch.setattr("llava_mixlora.method.word_centre.WARM_UP", 5)
     model = adapt(llama, "same, words", randomised=False).train()
