@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -13,9 +14,11 @@ from types import ModuleType
 from . import interruption, patches
 from .adapters.adapter_folder import is_mixlora_adapter
 from .errors import MixLoraError
+from .import_failures import failure_of, first_cause, noted, told_in_one_line
 from .inference.program_arguments import program_arguments
 from .limits import FLAG, raise_limits
-from .llava_package import file_of, package_of_program, use, used
+from .llava_package import file_of, llavas_beside, look_here, package_of_program, use, used
+from .llava_version import hidden_copies, of_copies, origin
 
 SERVERS = ("llava.serve.controller", "llava.serve.model_worker")
 
@@ -54,30 +57,40 @@ def run(target: str, arguments: list[str], as_module: bool) -> None:
         arguments: the target's `sys.argv[1:]`.
 
     Raises:
-        MixLoraError: there is no such module or script, or a patch does not fit the installed LLaVA.
+        MixLoraError: there is no such module or script, a patch does not fit the installed LLaVA, or that fails itself:
+            a module of it cannot be imported, its loader raises, or a name that it uses is defined nowhere.
     """
     if as_module:
+        look_here()
         _check_installed(target)  # before the seconds that patching takes
     file = file_of(target) if as_module else _script_file(target)
     if file is not None:
         use(package_of_program(file, target if as_module else None))
-    patches.apply()
-    path = _module_file(target) if as_module else file
-    patches.apply(_patched_program(path))
-    _check_merge_script(path, arguments)
-    arguments, choices = program_arguments(path, arguments)
-    patches.llava_builder.choices_of_the_program.set(choices)
-    sys.argv = [str(path), *arguments]
-    if not as_module:
-        sys.path.insert(0, str(path.parent))
-    patched = _patched_module(path)
-    with interruption.raising():
-        if patched is not None:
-            run_main_block(patched)
-        elif as_module:
-            runpy.run_module(target, run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(str(path), run_name="__main__")
+    _tell_of_copies(used().name)
+    with noted(used()), told_in_one_line():
+        patches.apply()
+        path = _module_file(target) if as_module else file
+        patches.apply(_patched_program(path))
+        _check_merge_script(path, arguments)
+        arguments, choices = program_arguments(path, arguments)
+        patches.llava_builder.choices_of_the_program.set(choices)
+        sys.argv = [str(path), *arguments]
+        if not as_module:
+            sys.path.insert(0, str(path.parent))
+        patched = _patched_module(path)
+        with interruption.raising():
+            if patched is not None:
+                run_main_block(patched)
+            elif as_module:
+                runpy.run_module(target, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(path), run_name="__main__")
+
+
+def _tell_of_copies(package: str) -> None:
+    hidden = hidden_copies(package)
+    if hidden and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {package}, {origin(package)}, {of_copies(package, hidden)}", file=sys.stderr, flush=True)
 
 
 def run_main_block(module: ModuleType) -> None:
@@ -146,10 +159,16 @@ def _module_file(name: str) -> Path:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
-    except ModuleNotFoundError:
+    except Exception as error:  # what it lies in is imported, and can fail in any way
+        if file_of(name) is not None:
+            raise MixLoraError(f"-m {name}: {failure_of(error) or first_cause(error, used())}") from error
         spec = None
     if spec is None or spec.origin is None:
-        raise MixLoraError(f"-m {name}: no such module; expected an importable one, such as llava.train.train_mem")
+        others = [one for one in llavas_beside() if one != name.partition(".")[0]]
+        there = f"; {', '.join(others)} can be, here" if others else ""
+        raise MixLoraError(
+            f"-m {name}: no such module; expected an importable one, such as llava.train.train_mem{there}"
+        )
     return Path(spec.origin)
 
 

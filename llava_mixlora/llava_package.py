@@ -10,10 +10,13 @@ import ast
 import functools
 import importlib
 import importlib.util
+import os
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,10 @@ class LlavaPackage:
         """Whether any of its modules imports that name from that module."""
         source = f"{module}:{name}"
         return any(one.source == source for defined in self._modules.values() for one in defined)
+
+    def modules_with(self, name: str) -> list[str]:
+        """Its modules that define a name themselves."""
+        return [one.module for one in self._named(name) if not one.imported]
 
     @property
     def trains(self) -> bool:
@@ -269,7 +276,63 @@ def is_llava(name: str) -> bool:
         return False
     # Not in a tree of any size: a LLaVA has it in its `model` folder.
     files = [*folder.glob("*.py"), *folder.glob("model/*.py")]
-    return any(f"def {INSERTS_IMAGES}(" in _text(file) for file in files)
+    having = (file for file in files if f"def {INSERTS_IMAGES}(" in _text(file))
+    return any(INSERTS_IMAGES in one.methods for file in having for one in _defined(name, _tree(file)))
+
+
+def llavas_beside(installed: bool = False) -> list[str]:
+    """Names of the LLaVAs in the folders that the user has put on Python's path, as the current one.
+
+    Args:
+        installed: look among all packages that pip has installed too, which takes longer.
+    """
+    names = [name for entry in sys.path if not _is_installed(entry) for name in _packages_in(Path(entry or "."))]
+    if installed:
+        names += packages_distributions()
+    return [name for name in dict.fromkeys(names) if name.isidentifier() and is_llava(name)]
+
+
+def _is_installed(entry: str) -> bool:
+    return bool({"site-packages", "dist-packages"} & set(Path(entry).parts)) or entry in _OF_PYTHON
+
+
+_OF_PYTHON = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+
+
+def _packages_in(folder: Path) -> list[str]:
+    try:
+        return sorted(each.name for each in folder.iterdir() if each.is_dir())
+    except OSError:
+        return []
+
+
+def look_here() -> None:
+    """Find modules in the current folder first, as `python -m` does, unless Python was told not to."""
+    if not getattr(sys.flags, "safe_path", False) and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+
+
+def named_package(name: str | None) -> LlavaPackage:
+    """The LLaVA of a name that the user gives: a package's, or a module's as `run -m` takes it.
+
+    Args:
+        name: None for LLaVA itself, or where that is not installed for the only other one that is there.
+
+    Raises:
+        MixLoraError: there is no such LLaVA.
+    """
+    if name is None:
+        others = [] if folder_of(ORIGINAL) is not None else llavas_beside(installed=True)
+        return LlavaPackage(others[0] if len(others) == 1 else ORIGINAL)
+    package = name.partition(".")[0]
+    if not is_llava(package):
+        there = ", ".join(dict.fromkeys([*filter(is_llava, [ORIGINAL]), *llavas_beside(installed=True)]))
+        folder = folder_of(package)
+        raise MixLoraError(
+            f"--package {name}: {f'{folder} is no LLaVA' if folder else 'no such package'}; expected "
+            f"{'one of ' + there if there else 'a LLaVA'}, or that its folder be on PYTHONPATH"
+        )
+    return LlavaPackage(package, (name,) if name != package else ())
 
 
 def file_of(module: str) -> Path | None:

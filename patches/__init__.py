@@ -3,6 +3,9 @@
 One module per upstream module; each lists its patches in `PATCHES`. Nothing happens on import.
 """
 
+from llava_mixlora.import_failures import noted
+from llava_mixlora.llava_package import used
+
 from . import (
     deepspeed_zero3,
     llava_arch,
@@ -72,9 +75,10 @@ def apply(program: str | None = None) -> None:
         PatchError: a symbol to be replaced is missing, and this run needs it. Nothing stays half patched.
     """
     try:
-        for patch in PATCHES:
-            if not patch.program or patch.module == program:
-                patch.apply()
+        with noted(used()):
+            for patch in PATCHES:
+                if not patch.program or patch.module == program:
+                    patch.apply()
     except Exception:
         undo()
         raise

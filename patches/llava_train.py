@@ -30,8 +30,9 @@ from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.training.base_flags import flags_of_the_base
 from llava_mixlora.training.continuing import continued_config, continued_tasks, words_of_adapter
 from llava_mixlora.training.first_process import decided_by_first
-from llava_mixlora.training.given_flags import given_flags, trains_adapter
+from llava_mixlora.training.given_flags import given_flags, is_true, trains_adapter
 from llava_mixlora.training.known_flags import read_flags
+from llava_mixlora.training.lora_flags import check_lora_flags
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
 from llava_mixlora.training.resuming import Run, check_resuming, describe_run, finished, is_written
@@ -344,6 +345,8 @@ def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
         running, call = RunningTrain(), inspect.signature(original).bind(*args, **kwargs)
         argv, token = sys.argv, _running_train.set(running)
         try:
+            if is_true(given_flags(argv[1:]), "mixlora_enable"):
+                check_lora_flags()
             # All that reads flags, here and upstream, reads them there.
             sys.argv = [*argv, *words_of_adapter(argv[1:])]
             sys.argv = [*sys.argv, *_words_of_the_base(sys.argv[1:])]

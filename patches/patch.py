@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import Distribution, PackageNotFoundError, distribution, packages_distributions, version
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 from packaging.specifiers import SpecifierSet
 
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.import_failures import first_cause
 from llava_mixlora.llava_package import ORIGINAL, LlavaPackage, used
+from llava_mixlora.llava_version import origin
 
 METHOD, COMPATIBILITY, FAULT = KINDS = ("method", "compatibility", "upstream fault")
 """What a patch is there for: MixLoRA itself, versions that do not fit together, or something upstream does wrong."""
@@ -91,6 +89,8 @@ class Patch:
 
     def can_be_left_out(self, package: LlavaPackage) -> bool:
         """Whether a run of that LLaVA does without the patch, where it does not fit."""
+        if self.imported is not None:  # the LLaVA that imports it says best what is missing
+            return True
         if self.module.partition(".")[0] != ORIGINAL:
             return False
         return self.kind != METHOD or self.program or self.module.startswith(TRAINING) != package.trains
@@ -138,7 +138,9 @@ class Patch:
             for step in outer:
                 owner = getattr(owner, step)
         except Exception as error:  # a package can fail at its import in any way
-            raise self._error(" ".join(str(error).split())) from error
+            raise PatchError(
+                f"{module} cannot be imported: {first_cause(error, used())}. It comes from {origin(_package(module))}"
+            ) from error
         return owner, name
 
     def _check_parameters(self, original: Any) -> None:
@@ -150,35 +152,16 @@ class Patch:
             raise self._error(f"expected the parameter {missing[0]!r}, found: {', '.join(found) or 'none'}")
 
     def _error(self, problem: str) -> PatchError:
-        package = self.module.partition(".")[0]
-        of_fork = used().name if package == ORIGINAL else package
         place = next(iter(self.places), self.target)
+        package = used().name if not self.places and _package(place) == ORIGINAL else _package(place)
         return PatchError(
-            f"cannot patch {place}: {problem}. It comes from {_origin(of_fork)}. The patch "
+            f"cannot patch {place}: {problem}. It comes from {origin(package)}. The patch "
             f"is there because {self.why}; is this a fork or a version that the plugin does not know?"
         )
 
 
-def _origin(package: str) -> str:
-    """Where an import of `package` finds it and, where that is known, as which version."""
-    try:
-        spec = importlib.util.find_spec(package)
-    except ValueError:
-        spec = None
-    if spec is None or spec.origin is None:
-        return f"{package}, which is not installed"
-    folder = Path(spec.origin).parent
-    for name in packages_distributions().get(package, ()):
-        if _holds(distribution(name), folder):
-            return f"{folder} ({name} {version(name)})"
-    return f"{folder}"
-
-
-def _holds(installed: Distribution, folder: Path) -> bool:
-    # Installed for editing, a distribution lies beside the place that it was installed from.
-    url = json.loads(installed.read_text("direct_url.json") or "{}").get("url", "")
-    source = Path(unquote(urlparse(url).path)) if url.startswith("file:") else None
-    return Path(installed.locate_file(folder.name)) == folder or (source is not None and source in folder.parents)
+def _package(place: str) -> str:
+    return place.partition(":")[0].partition(".")[0]
 
 
 def _installed(package: str) -> str:

@@ -13,6 +13,7 @@ from ..errors import MixLoraError
 from ..inputs import positive
 from ..patches import apply
 from ..training.run_data import max_lost_share, token_counter
+from .package_flag import add_package, use_package
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help=f"largest share of entries that may teach nothing (default: {MAX_LOST_SHARE})",
     )
+    add_package(parser)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON, one object per file")
     parser.set_defaults(command=check)
 
@@ -53,6 +55,7 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         MixLoraError: a file cannot be read, the tokens cannot be counted, or a run would refuse one of the files.
     """
+    use_package(arguments)
     share = max_lost_share({"max_lost_share": arguments.max_lost_share})
     counter = _counter(arguments) if arguments.model_path else None
     checked = []

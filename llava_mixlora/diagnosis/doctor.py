@@ -16,10 +16,15 @@ from ..errors import MixLoraError
 from ..shipped import repository, shipped
 from . import environment
 from .environment import Part
+from .package_flag import add_package, use_package
 from .stacks import PEFT_BESIDE, STACKS, Stack, differences, nearest, release_series
 
 LOADING = ("torch", "transformers", "accelerate", "peft", "small requirements", "MixLoRA", "LLaVA", "patches")
-TRAINING = (*LOADING, "deepspeed")  # upstream's train() imports it to save an adapter, with or without --deepspeed
+TRAINING = (
+    *LOADING,
+    "LLaVA's training",
+    "deepspeed",
+)  # upstream's train() imports it to save an adapter, with or without --deepspeed
 MAIN_JOB = "main job"
 FEATURES = {
     MAIN_JOB: (*TRAINING, "playground's packages"),
@@ -50,6 +55,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         "llava-mixlora doctor --estimate liuhaotian/llava-v1.5-7b --batch-size 4 --gpus 8"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    add_package(parser)
     parser.add_argument(
         "--estimate", metavar="MODEL_CONFIG", help="model folder, config.json, or name on the hub; for the flags below"
     )
@@ -83,6 +89,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(given: argparse.Namespace) -> int:
+    use_package(given)
     if given.estimate is not None:
         check_imported()
         _estimate(given)

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import import_error
+from ..llava_package import TRAIN, LlavaPackage, llavas_beside, use, used
+from ..llava_version import distribution_of, hidden_copies, of_copies, origin
 from ..shipped import repository
 from .stacks import STACKS, differences, nearest
 
@@ -36,6 +39,11 @@ SMALL_REQUIREMENTS = {
     "requests": "requests",
     "PIL": "Pillow",
 }
+OF_FORKS = {
+    **{name: name for name in ("av", "decord", "timm", "torchvision", "trl")},
+    "cv2": "opencv-python-headless",
+}
+"""What LLaVA itself does without, and some forks import."""
 PLOTS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
 PLAYGROUND = {"easy_vqa": "easy-vqa==1.0", **PLOTS}
 SERVING = {"fastapi": "fastapi", "uvicorn": "uvicorn", "requests": "requests"}
@@ -47,6 +55,8 @@ PACKAGES = (
     *("flash-attn", "lmms-eval", "tokenizers", "numpy"),
 )
 """Whose versions are told, by their names in the package index."""
+OF_UPSTREAM = ("llava-torch", "llava_torch")
+INSTALL_LLAVA = "pip install --no-deps llava-torch==1.2.2.post1"
 WAITING = "not tried without"
 """How the finding of a part begins that another part has to be mended for."""
 
@@ -73,7 +83,10 @@ def versions() -> dict[str, str | None]:
 
 
 def parts() -> dict[str, Part]:
-    """Everything that features need, each tried out once; prints nothing and raises nothing. A few seconds."""
+    """Everything that features need, each tried out once; prints nothing and raises nothing. A few seconds.
+
+    The LLaVA among them is the one that this process uses.
+    """
     with _quiet():
         return dict(_try_parts())
 
@@ -101,6 +114,7 @@ def _try_parts() -> Iterator[tuple[str, Part]]:
     yield keep("MixLoRA", after(["peft", "small requirements"], _method))
     yield keep("LLaVA", after(["MixLoRA"], _llava))
     yield keep("patches", after(["LLaVA"], _patches))
+    yield keep("LLaVA's training", after(["patches"], _training))
     yield package("deepspeed", ["torch"])
     yield keep("GPU", after(["torch"], _gpu))
     yield keep("compiler", _compiler())
@@ -139,12 +153,16 @@ def _quiet() -> Iterator[None]:
 
 
 def _version(package: str) -> str | None:
-    modules = {"llava-torch": "llava", "flash-attn": "flash_attn", "lmms-eval": "lmms_eval"}
+    if package == "llava-torch":
+        folder = used().folder
+        # Installed or not, it is not what runs where another LLaVA hides it or is to be run.
+        installed = distribution_of(used().name, folder) if folder is not None else None
+        return installed.version if installed is not None and installed.name in OF_UPSTREAM else None
+    modules = {"flash-attn": "flash_attn", "lmms-eval": "lmms_eval"}
     if not _is_there(modules.get(package, package)):
         return None
-    for name in (package, modules.get(package, package)):  # a clone of LLaVA is installed as llava
-        with contextlib.suppress(PackageNotFoundError):
-            return version(name)
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
     return "unknown"
 
 
@@ -204,19 +222,67 @@ def _raise_import_error() -> None:
 
 
 def _llava() -> Part:
-    if not _is_there("llava"):
-        return Part(False, "not installed", "pip install --no-deps llava-torch==1.2.2.post1")
-    return Part(True, str(_version("llava-torch")))
+    package = used()
+    if package.folder is None:
+        others = llavas_beside(installed=True)
+        there = f"; {', '.join(others)} can be judged by --package" if others else ""
+        return Part(False, f"{package.name} is not installed{there}", None if others else INSTALL_LLAVA)
+    found = f"{package.name} in {origin(package.name)}"
+    if hidden := hidden_copies(package.name):
+        found += f"; warning: it {of_copies(package.name, hidden)}"
+    others = [name for name in llavas_beside() if name != package.name]
+    if others:
+        found += f"; beside it {', '.join(others)}, judged by --package {others[0]}"
+    return Part(True, found)
 
 
 def _patches() -> Part:
     from .. import patches
 
-    if (reason := _failure(patches.apply)) is not None:
-        reinstall = "pip install --no-deps --force-reinstall llava-torch==1.2.2.post1"
-        return Part(False, reason, _install_stack() or reinstall)
+    if (reason := _failing(patches.apply, used().name)) is not None:
+        return Part(False, reason, _mend_llava(reason))
     applied = sum(patch.applied for patch in patches.PATCHES)
     return Part(True, f"{applied} fit the installed LLaVA and are applied where it is run")
+
+
+def _training() -> Part:
+    """Whether the LLaVA can train, of which those that are only asked need nothing."""
+    from .. import patches
+    from ..training.lora_flags import check_lora_flags
+
+    package = used()
+    if (module := package.module(TRAIN)) is None:
+        place = f"{package.name}, in {package.folder},"
+        return Part(False, f"{place} has no module with train() and TrainingArguments: it can be asked, not trained")
+
+    def attempt() -> None:
+        patches.apply()
+        check_lora_flags()
+
+    reason = _failing(attempt, package.name, module)
+    return Part(True, f"{module}, with flags for LoRA") if reason is None else Part(False, reason, _mend_llava(reason))
+
+
+def _failing(attempt: Callable[[], Any], name: str, *runs: str) -> str | None:
+    """As [`_failure`], of what is to be run of a LLaVA."""
+    before = used()
+    use(LlavaPackage(name, runs))
+    try:
+        return _failure(attempt)
+    finally:
+        use(before)
+
+
+def _mend_llava(reason: str) -> str | None:
+    """What to do where LLaVA does not fit: PyPI's may be damaged, a fork is never replaced by it."""
+    folder = used().folder
+    installed = None if folder is None else distribution_of(used().name, folder)
+    is_upstream = installed is not None and installed.name in OF_UPSTREAM and "site-packages" in folder.parts
+    if not is_upstream:
+        missing = re.search(r"No module named '(\w+)", reason)
+        requirement = {**SMALL_REQUIREMENTS, **OF_FORKS}.get(missing[1]) if missing else None
+        return f"pip install {requirement}" if requirement else None
+    return _install_stack() or INSTALL_LLAVA.replace("install", "install --force-reinstall")
 
 
 def _gpu() -> Part:

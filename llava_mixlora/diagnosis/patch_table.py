@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..patches import OF_THE_METHOD, PATCHES, Patch, PatchError
+from .package_flag import add_package, use_package
 
 
 def add_patches(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def add_patches(parser: argparse.ArgumentParser) -> None:
         "them, and why it is there. Status 1: one that is needed does not fit."
     )
     parser.epilog = "example: llava-mixlora patches"
+    add_package(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=_patches)
 
@@ -88,6 +90,7 @@ def lines(table: list[Row]) -> Iterator[str]:
 
 
 def _patches(given: argparse.Namespace) -> int:
+    use_package(given)
     table = rows()
     print(json.dumps([vars(row) for row in table], indent=1) if given.json else "\n".join(lines(table)))
     return 1 if any(row.fits is False for row in table) else 0

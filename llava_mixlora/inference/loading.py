@@ -16,6 +16,7 @@ from ..adapters.adapter_folder import is_adapter
 from ..adapters.its_llava import use_its_llava
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_places import adapter_of, base_model_of
+from ..import_failures import told_in_one_line
 from ..inputs import check_model_path
 from ..llava_package import part
 
@@ -43,7 +44,8 @@ def load_for_inference(
         choices: what the user says of its parts.
 
     Raises:
-        MixLoraError: there is no such folder, an adapter's base is missing or another one, or its files are damaged.
+        MixLoraError: there is no such folder, an adapter's base is missing or another one, its files are damaged, or the
+            LLaVA's own loader fails.
     """
     check_model_path("--model-path", str(model_path))
     from .. import patches
@@ -57,16 +59,17 @@ def load_for_inference(
     # Upstream takes its branch by the name, and merges its own adapters.
     name = "llava-lora" if has_adapter else "llava-mistral" if _is_mistral(model_path) else "llava"
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        str(model_path),
-        base,
-        name,
-        load_8bit=bits == 8,
-        load_4bit=bits == 4,
-        **_places(load_pretrained_model, device),
-        keep_adapter=keep_adapter,
-        choices=choices,
-    )
+    with told_in_one_line():
+        tokenizer, model, image_processor, _ = load_pretrained_model(
+            str(model_path),
+            base,
+            name,
+            load_8bit=bits == 8,
+            load_4bit=bits == 4,
+            **_places(load_pretrained_model, device),
+            keep_adapter=keep_adapter,
+            choices=choices,
+        )
     if device == "cpu" and bits == 16:
         size = 4 * sum(parameter.numel() for parameter in model.parameters())
         model = model.float() if size < psutil.virtual_memory().total / 2 else model.bfloat16()

@@ -30,7 +30,7 @@ ORDER = (
 FLOORS = {
     GROUND: {
         *("errors", "limits", "inputs", "own_files", "lettering", "attention", "shipped", "interruption", "writing"),
-        *("folder_lock", "llava_package"),
+        *("folder_lock", "llava_package", "llava_version", "import_failures"),
     },
     # The package itself registers the method, and says whether it could.
     "method": {"__init__"},
