@@ -24,6 +24,7 @@ from . import (
     llava_trainer_init_from,
     peft_peft_model,
     peft_save_and_load,
+    transformers_auto,
     transformers_code,
     transformers_config,
     transformers_former_names,
@@ -37,6 +38,7 @@ from .patch import KINDS, Patch, PatchError
 PATCHES: tuple[Patch, ...] = (
     *transformers_trainer.PATCHES,
     *transformers_former_names.PATCHES,
+    *transformers_auto.PATCHES,
     *llava_llama.PATCHES,
     *llava_arch.PATCHES,
     *llava_builder.PATCHES,

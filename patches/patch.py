@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -23,6 +25,14 @@ TRAINING = "llava.train."
 """What of LLaVA only a run that trains needs; its loader is what all others need."""
 
 
+class _Imported:
+    """`sys.modules`, whose modules are its attributes."""
+
+
+_IMPORTED = _Imported()
+_IMPORTED.__dict__ = sys.modules
+
+
 class PatchError(MixLoraError):
     """A symbol that a patch replaces is not where the patch expects it, or not what it expects."""
 
@@ -32,8 +42,9 @@ class Patch:
     """A replacement for one upstream symbol, applied at most once and undone exactly.
 
     Args:
-        target: `"module:attribute"` or `"module:Class.attribute"`, of LLaVA as LLaVA itself has it: in a fork it is the
-            like of that, found by what it is (see [`LlavaPackage.places`]), in more than one place for language models.
+        target: `"module:attribute"`, `"module:Class.attribute"` or, with `adds`, a whole `"module"`, of LLaVA as LLaVA
+            itself has it: in a fork it is the like of that, found by what it is (see [`LlavaPackage.places`]), in more
+            than one place for language models.
         kind: of [`KINDS`].
         why: one sentence for the reader, and for the error when the target is gone.
         replace: makes the replacement from the original; gets None when `adds` is set.
@@ -132,6 +143,10 @@ class Patch:
 
     def _locate(self, place: str) -> tuple[Any, str]:
         module, _, attribute = place.partition(":")
+        if not attribute:
+            with suppress(ModuleNotFoundError):  # one that is there is found there
+                importlib.import_module(module)
+            return _IMPORTED, module
         *outer, name = attribute.split(".")
         try:
             owner = importlib.import_module(module)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from llava_mixlora.errors import MixLoraError
 
@@ -57,6 +60,12 @@ def added_for_future(
     return _added(blocked_future(input_ids_shape, device, past_key_values_length), dtype)
 
 
+def contrastive_loss(similarity: Tensor) -> Tensor:
+    """The mean cross entropy of texts' own pictures and of pictures' own texts, for similarities [B, B]."""
+    own = torch.arange(len(similarity), device=similarity.device)
+    return (functional.cross_entropy(similarity, own) + functional.cross_entropy(similarity.T, own)) / 2
+
+
 def _added(blocked: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(blocked.shape, dtype=dtype, device=blocked.device).masked_fill(blocked, torch.finfo(dtype).min)
 
@@ -75,6 +84,14 @@ def _gradient_accumulation_plugin(_: None) -> type:
     from accelerate.utils import GradientAccumulationPlugin
 
     return GradientAccumulationPlugin
+
+
+def _of_deepspeed(_: None) -> ModuleType:
+    return importlib.import_module("transformers.integrations.deepspeed")
+
+
+def _unavailable(_: None) -> Callable[[], bool]:
+    return lambda: False
 
 
 def _refuse(name: str, *_: Any, **__: Any) -> Any:
@@ -102,6 +119,10 @@ PATCHES = (
     _former(f"{OPT}:_expand_mask", lambda _: added_for_padding),
     _former(f"{OPT}:_make_causal_mask", lambda _: added_for_future),
     _former(f"{CLIP}:_expand_mask", lambda _: added_for_padding),
+    _former(f"{CLIP}:clip_loss", lambda _: contrastive_loss),
+    _former("transformers.deepspeed", _of_deepspeed, "transformers.deepspeed:is_deepspeed_zero3_enabled"),
+    _former("transformers.utils:is_flax_available", _unavailable),
+    _former("transformers.utils.import_utils:is_torch_fx_available", _unavailable),
     *(
         _former(f"transformers.modeling_utils:{name}", _of_pytorch_utils(name))
         for name in ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")

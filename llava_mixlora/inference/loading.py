@@ -44,8 +44,8 @@ def load_for_inference(
         choices: what the user says of its parts.
 
     Raises:
-        MixLoraError: there is no such folder, an adapter's base is missing or another one, its files are damaged, or the
-            LLaVA's own loader fails.
+        MixLoraError: there is no such folder, an adapter's base is missing or another one, its files are damaged, or
+            the LLaVA's own loader fails.
     """
     check_model_path("--model-path", str(model_path))
     from .. import patches
