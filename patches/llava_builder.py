@@ -23,8 +23,9 @@ from llava_mixlora.adapters.adapter_folder import (
 from llava_mixlora.adapters.adapter_record import RECORD, read_record
 from llava_mixlora.adapters.base_check import check_base, check_tower
 from llava_mixlora.adapters.config_file import config_of
-from llava_mixlora.adapters.llava_config import check_is_no_native, check_names_no_code, llava_config
+from llava_mixlora.adapters.its_llava import check_is_its_llava
 from llava_mixlora.adapters.linked_base import linked_base
+from llava_mixlora.adapters.llava_config import check_is_no_native, check_names_no_code, llava_config
 from llava_mixlora.adapters.loader_branch import Branch, branch_of
 from llava_mixlora.adapters.loader_names import loader_name
 from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
@@ -86,6 +87,7 @@ def _load_adapter(
     *args: Any,
     **kwargs: Any,
 ) -> Loaded:
+    check_is_its_llava(model_path)
     base = base_model_of(model_path, model_base)
     if read_record(model_path) is None:
         print(

@@ -15,8 +15,7 @@ def use_its_llava(model_path: str | Path) -> None:
     Raises:
         MixLoraError: it is not installed, or is no LLaVA.
     """
-    record = read_record(model_path)
-    package = None if record is None else record.package
+    package = _recorded(model_path)
     if package is None or package == used().name:
         return
     if not (package.isidentifier() and is_llava(package)):
@@ -25,3 +24,22 @@ def use_its_llava(model_path: str | Path) -> None:
             "installed here; install that fork, or put its folder on PYTHONPATH"
         )
     use(LlavaPackage(package))
+
+
+def check_is_its_llava(model_path: str | Path) -> None:
+    """Refuse to load an adapter with another LLaVA than trained it, as a program of that one would.
+
+    Raises:
+        MixLoraError: its record names another package than the one that is used.
+    """
+    package = _recorded(model_path) or used().name
+    if package != used().name:
+        raise MixLoraError(
+            f"{model_path}: its {RECORD} says that {package[:100]!r} trained it, and {used().name} is about to load "
+            f"it; expected a program of {package[:100]!r}, such as llava-mixlora run -m {package[:100]}.serve.cli"
+        )
+
+
+def _recorded(model_path: str | Path) -> str | None:
+    record = read_record(model_path)
+    return None if record is None else record.package

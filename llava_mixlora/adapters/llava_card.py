@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from ..llava_package import ORIGINAL, LlavaPackage, used
 from ..method.model_card import TrainingRecord
 from .adapter_folder import NON_LORA_TRAINABLES, SAFE_NON_LORA_TRAINABLES
 
 
 def llava_record() -> TrainingRecord:
     """The record of a training of which nothing is known but that it was of a LLaVA."""
-    return TrainingRecord(loading=LOADING, pipeline_tag="image-text-to-text")
+    return TrainingRecord(loading=_loading(used()), pipeline_tag="image-text-to-text")
 
 
-LOADING = f"""```bash
-pip install --no-deps llava-torch==1.2.2.post1 && pip install llava-mixlora
-llava-mixlora run -m llava.serve.cli --model-path ADAPTER --image-file IMAGE
+def _loading(package: LlavaPackage) -> str:
+    """How an adapter of that LLaVA is asked; of LLaVA itself, it need not be installed to be told."""
+    install = "pip install --no-deps llava-torch==1.2.2.post1 && pip install llava-mixlora"
+    program, builder, use = "llava.serve.cli", "llava.model.builder", ""
+    if package.name != ORIGINAL:
+        install = f"pip install llava-mixlora  # beside {package.name}, the LLaVA that trained it"
+        program, builder = package.module(program), package.module(builder)
+        use = f"from llava_mixlora.llava_package import LlavaPackage, use\n\nuse(LlavaPackage({package.name!r}))"
+    ask = f"llava-mixlora run -m {program} --model-path ADAPTER --image-file IMAGE"
+    if program is None:
+        ask = "llava-mixlora eval --model-path ADAPTER --help"
+    return f"""```bash
+{install}
+{ask}
 ```
 
 ADAPTER is this folder; its base is found by the name that it records (`--model-base` names another place). In Python:
 
 ```python
 from llava_mixlora import patches  # makes PEFT know the type MIXLORA, and LLaVA keep the adapter
-
+{use}
 patches.apply()
-from llava.model.builder import load_pretrained_model
+from {builder} import load_pretrained_model
 
 tokenizer, model, image_processor, _ = load_pretrained_model("ADAPTER", None, "llava-mixlora")
 ```

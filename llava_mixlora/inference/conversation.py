@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..adapters.adapter_record import RECORD, read_record
+from ..adapters.its_llava import use_its_llava
 from ..errors import MixLoraError
 from ..llava_package import part
 
@@ -36,6 +37,10 @@ def conversation_of(model_path: str | Path, said: str | None, flag: str, otherwi
 
 
 def _known(recorded: str, model_path: str | Path, flag: str) -> str:
+    from .. import patches
+
+    use_its_llava(model_path)
+    patches.apply()  # without them LLaVA cannot be imported
     conv_templates = part("llava.conversation:conv_templates")
     if recorded not in conv_templates:
         raise MixLoraError(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..adapters.adapter_record import read_record
+from ..adapters.its_llava import check_is_its_llava
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from .conversation import conversation_of
 from .model_flags import add_model_flags, choices_of
@@ -58,6 +59,7 @@ def program_arguments(program: Path, arguments: Sequence[str]) -> tuple[list[str
         theirs.add_argument(flag)
     given, _ = theirs.parse_known_args(arguments)
     if given.model_path is not None:
+        check_is_its_llava(given.model_path)
         if TEMPLATE in flags:
             arguments += _template(given.model_path, given.conv_mode)
         elif NAME in flags and given.model_name is None:

@@ -21,10 +21,12 @@ from tqdm import tqdm
 from transformers import __version__ as TRANSFORMERS
 from transformers.models.llava import modeling_llava
 
+from .. import patches
 from ..adapters.adapter_folder import INPUT_EMBEDDINGS, is_adapter
 from ..adapters.adapter_record import AdapterRecord, KnownModel, known_model, read_record
 from ..adapters.base_check import check_base, check_tower
 from ..adapters.fingerprints import fingerprint
+from ..adapters.its_llava import use_its_llava
 from ..adapters.llava_config import as_data
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
@@ -106,6 +108,8 @@ def export_hf(
     check_output(FLAG, output)
     with allowing_incomplete(choices.allow_incomplete):
         source = _source(folder, model_base, choices)
+    use_its_llava(folder)
+    patches.apply()  # without them LLaVA, whose prompts are compared, cannot be imported
     template = conversation_of(folder, version, "--version", otherwise=TEMPLATE)
     stored, tower = source.stored, Path(source.tower)
     vision = vision_config(source.tower)
