@@ -30,9 +30,8 @@ from llava_mixlora.method.model import MixLoraModel
 from llava_mixlora.training.base_flags import flags_of_the_base
 from llava_mixlora.training.continuing import continued_config, continued_tasks, words_of_adapter
 from llava_mixlora.training.first_process import decided_by_first
-from llava_mixlora.training.given_flags import given_flags, is_true, trains_adapter
+from llava_mixlora.training.given_flags import given_flags, trains_adapter
 from llava_mixlora.training.known_flags import read_flags
-from llava_mixlora.training.lora_flags import check_lora_flags
 from llava_mixlora.training.preflight import check_training_inputs
 from llava_mixlora.training.record import training_record
 from llava_mixlora.training.resuming import Run, check_resuming, describe_run, finished, is_written
@@ -42,8 +41,10 @@ from llava_mixlora.training.termination import interruptible
 from llava_mixlora.training.unusable_flags import check_usable
 from llava_mixlora.writing import is_failed_write, reason_of
 
-from .patch import COMPATIBILITY, FAULT, METHOD, Patch
+from .patch import COMPATIBILITY, FAULT, METHOD, Patch, PatchError
 
+OF_LORA = ("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "bits")
+"""The flags of LLaVA's own that those of MixLoRA are built on."""
 PRESETS = {None: MixLoraConfig, "paper": MixLoraConfig.paper, "paper_formulas": MixLoraConfig.paper_formulas}
 
 
@@ -339,14 +340,22 @@ def with_flags(flags: type) -> Callable[[type], type]:
     return extend
 
 
+def _with_mixlora_flags(original: type) -> type:
+    missing = [name for name in OF_LORA if name not in inspect.signature(original).parameters]
+    if missing:
+        raise PatchError(
+            f"{used().name}, in {used().folder}, trains without LoRA: its {original.__name__} has no "
+            f"{', '.join(missing)}, which --mixlora_enable needs; take a LLaVA that has these flags"
+        )
+    return with_flags(MixLoraArguments)(original)
+
+
 def _train_checked(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def train(*args: Any, **kwargs: Any) -> None:
         running, call = RunningTrain(), inspect.signature(original).bind(*args, **kwargs)
         argv, token = sys.argv, _running_train.set(running)
         try:
-            if is_true(given_flags(argv[1:]), "mixlora_enable"):
-                check_lora_flags()
             # All that reads flags, here and upstream, reads them there.
             sys.argv = [*argv, *words_of_adapter(argv[1:])]
             sys.argv = [*sys.argv, *_words_of_the_base(sys.argv[1:])]
@@ -461,8 +470,7 @@ PATCHES = (
         "llava.train.train:TrainingArguments",
         kind=METHOD,
         why="train() parses its flags into this class, and MixLoRA has flags of its own",
-        replace=with_flags(MixLoraArguments),
-        parameters=("lora_enable", "lora_r", "lora_alpha", "lora_dropout", "lora_bias", "bits"),
+        replace=_with_mixlora_flags,
     ),
     Patch(
         "llava.train.train:TrainingArguments",

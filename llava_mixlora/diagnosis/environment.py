@@ -248,18 +248,12 @@ def _patches() -> Part:
 def _training() -> Part:
     """Whether the LLaVA can train, of which those that are only asked need nothing."""
     from .. import patches
-    from ..training.lora_flags import check_lora_flags
 
     package = used()
     if (module := package.module(TRAIN)) is None:
         place = f"{package.name}, in {package.folder},"
         return Part(False, f"{place} has no module with train() and TrainingArguments: it can be asked, not trained")
-
-    def attempt() -> None:
-        patches.apply()
-        check_lora_flags()
-
-    reason = _failing(attempt, package.name, module)
+    reason = _failing(patches.apply, package.name, module)
     return Part(True, f"{module}, with flags for LoRA") if reason is None else Part(False, reason, _mend_llava(reason))
 
 
