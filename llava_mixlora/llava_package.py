@@ -288,8 +288,16 @@ def llavas_beside(installed: bool = False) -> list[str]:
     """
     names = [name for entry in sys.path if not _is_installed(entry) for name in _packages_in(Path(entry or "."))]
     if installed:
-        names += packages_distributions()
+        names += [name for name in packages_distributions() if _may_be_llava(name)]
     return [name for name in dict.fromkeys(names) if name.isidentifier() and is_llava(name)]
+
+
+def _may_be_llava(name: str) -> bool:
+    """Whether an installed package has a LLaVA's folder, or lies elsewhere; finders of other packages are not asked."""
+    places = [Path(entry) / name for entry in sys.path if _is_installed(entry)]
+    if any(place.is_dir() for place in places):
+        return any((place / "model").is_dir() for place in places)
+    return not any(list(place.parent.glob(f"{name}.*")) for place in places)
 
 
 def _is_installed(entry: str) -> bool:

@@ -114,10 +114,39 @@ def test_fork_whose_symbol_is_gone_is_one_line(doctor, tmp_path):
     fork = shutil.copytree(importlib.util.find_spec("llava").submodule_search_locations[0], tmp_path / "llava")
     builder = fork / "model" / "builder.py"
     builder.write_text(builder.read_text().replace("def load_pretrained_model(", "def load_my_model("))
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "earthy"\nversion = "0.4"\n')
     done = doctor()
-    assert told(done, 1)["main job"]["broken"] == "patches"
+    features = told(done, 1)
+    assert features["main job"]["broken"] == "patches"
+    assert features["main job"]["mend"] == ["no command does; see above"]  # PyPI's LLaVA would not be that fork
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("  patches"))
     assert "cannot patch llava.model.builder:load_pretrained_model" in line
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  LLaVA  "))
+    assert f"llava in {fork} (earthy 0.4 by its pyproject.toml); warning: it hides another llava, " in line
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  llava-torch"))
+    assert line.split()[:2] == ["llava-torch", "-"]
+
+
+@pytest.mark.slow
+def test_only_llava_that_is_there_is_judged_whatever_its_name(doctor, tmp_path):
+    """Its training too: here it imports something that is not installed, in a module whose failure it hides."""
+    fork = shutil.copytree(importlib.util.find_spec("llava").submodule_search_locations[0], tmp_path / "earthy")
+    for file in fork.rglob("*.py"):
+        file.write_text(file.read_text().replace("from llava", "from earthy").replace("import llava", "import earthy"))
+    arch = fork / "train" / "llava_trainer.py"
+    arch.write_text("import timm_of_earth\n" + arch.read_text())
+    done = doctor(hide=["llava"])
+    features = told(done, 1)
+    assert features["training"]["broken"] == "LLaVA's training" and features["evaluation"]["works"]
+    assert f"  LLaVA                   earthy in {fork}\n" in done.stdout
+    assert f"No module named 'timm_of_earth' ({fork}/train/llava_trainer.py, line 1)" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["patches"], ["check", "data.json"]])
+def test_package_that_is_no_llava_is_named(capsys, command):
+    assert main([*command, "--package", "json.decoder"]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("llava-mixlora: error: --package json.decoder: ") and "expected one of llava" in line
 
 
 @pytest.mark.slow
