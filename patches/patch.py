@@ -150,12 +150,16 @@ class Patch:
         *outer, name = attribute.split(".")
         try:
             owner = importlib.import_module(module)
-            for step in outer:
-                owner = getattr(owner, step)
         except Exception as error:  # a package can fail at its import in any way
             raise PatchError(
-                f"{module} cannot be imported: {first_cause(error, used())}. It comes from {origin(_package(module))}"
+                f"cannot patch {place}: {module} cannot be imported: {first_cause(error, used())}. It comes from "
+                f"{origin(_package(module))}"
             ) from error
+        for step in outer:
+            try:
+                owner = getattr(owner, step)
+            except Exception as error:  # what is imported on demand can fail too
+                raise self._error(first_cause(error, used())) from error
         return owner, name
 
     def _check_parameters(self, original: Any) -> None:

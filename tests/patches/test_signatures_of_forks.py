@@ -1,8 +1,11 @@
 """What forks take and give where images enter the sequence, and names that they import, by small stand-ins."""
 
+import importlib
+import sys
+
 import pytest
 import torch
-from llava_mixlora.patches import llava_arch, transformers_former_names
+from llava_mixlora.patches import llava_arch, transformers_auto, transformers_former_names
 from llava_mixlora.patches.patch import Patch
 
 from llava_mixlora import llava_package
@@ -84,3 +87,59 @@ def test_former_name_is_put_back_where_it_is_imported_and_missing(monkeypatch, i
     finally:
         patch.undo()
     assert hasattr(transformers.trainer, "FormerName") == is_there
+
+
+def test_former_module_can_be_imported_until_the_patch_is_undone(monkeypatch):
+    monkeypatch.setattr(llava_package.LlavaPackage, "imports", lambda *_: True)
+    module = importlib.import_module("transformers.integrations")
+    patch = transformers_former_names._former("transformers.former_module", lambda _: module)
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("transformers.former_module")
+    patch.apply()
+    try:
+        assert importlib.import_module("transformers.former_module") is module
+    finally:
+        patch.undo()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("transformers.former_module")
+    there = transformers_former_names._former("transformers.trainer", lambda _: module)
+    there.apply()
+    assert not there.applied and sys.modules["transformers.trainer"] is not module
+
+
+def test_loss_of_former_name_is_least_for_texts_with_their_own_pictures():
+    own = torch.eye(3) * 10
+    assert transformers_former_names.contrastive_loss(own) < 1e-3 < transformers_former_names.contrastive_loss(-own)
+    rows = torch.tensor([[2.0, 0.0], [2.0, 0.0]])  # both texts take the first picture, no picture prefers a text
+    log = torch.log(1 + torch.exp(torch.tensor(2.0)))
+    wanted = ((log - 2 + log) / 2 + torch.log(torch.tensor(2.0))) / 2
+    assert torch.allclose(transformers_former_names.contrastive_loss(rows), wanted)
+
+
+def test_llava_takes_a_type_that_transformers_has_given_to_its_own():
+    """LLaVA of 2023 is called "llava", as transformers' own is now; other packages are refused as before."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    def pair(module):
+        config = type("LlavaConfig", (LlamaConfig,), {"model_type": "llava", "__module__": module})
+        return config, type("Its", (LlamaForCausalLM,), {"config_class": config, "__module__": module})
+
+    config, model = pair(f"{llava_package.used().name}.model")
+    before = AutoConfig.register
+    with pytest.raises(ValueError, match="already used"):
+        AutoConfig.register("llava", config)
+    for patch in transformers_auto.PATCHES:
+        patch.apply()
+    mapping = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    try:
+        AutoConfig.register("llava", config)
+        AutoModelForCausalLM.register(config, model)
+        assert mapping["llava"] is config and AutoModelForCausalLM._model_mapping[config] is model
+        with pytest.raises(ValueError, match="already used"):
+            AutoConfig.register("llava", pair("another_package")[0])
+    finally:
+        for patch in transformers_auto.PATCHES:
+            patch.undo()
+        mapping._extra_content.pop("llava", None)
+        AutoModelForCausalLM._model_mapping._extra_content.pop(config, None)
+    assert AutoConfig.register is before
