@@ -17,6 +17,7 @@
 #   DATA_PATH     training data in LLaVA's JSON format               IMAGE_FOLDER  where its images lie
 #   VISION_TOWER  default: what MODEL names; for a language model,   MM_PROJECTOR  pretrained mm_projector.bin
 #                 openai/clip-vit-large-patch14-336
+#   PACKAGE       the LLaVA to train with, by its package, where it is a fork under another name (default: llava)
 #   OUTPUT_DIR    where the adapter goes                             GPUS          how many (default: all)
 #   DEEPSPEED_CONFIG  scripts/zero2.json (default); scripts/zero3.json spreads the base model over the GPUs as well,
 #                     scripts/zero3_offload.json keeps it and the optimizer in the memory of the machine
@@ -89,6 +90,7 @@ fi
 
 : "${DATA_PATH:?set DATA_PATH to the training data (JSON in the format of LLaVA)}"
 : "${IMAGE_FOLDER:?set IMAGE_FOLDER to the folder of the images that DATA_PATH names}"
+package="${PACKAGE:-llava}"
 output="${OUTPUT_DIR:-checkpoints/llava-$(basename "$MODEL")-$kind${routing:+-$routing}-E$factors-r$rank}"
 
 # The hyperparameters of the authors' script; lora_alpha is twice the number of factors there.
@@ -111,11 +113,11 @@ arguments=(
 if has_gpu; then
     launcher=(deepspeed)
     [[ -n "${GPUS:-}" ]] && launcher+=(--num_gpus "$GPUS")
-    "${launcher[@]}" --module llava_mixlora run -m llava.train.train_mem \
+    "${launcher[@]}" --module llava_mixlora run -m "$package.train.train_mem" \
         --deepspeed "${DEEPSPEED_CONFIG:-$root/scripts/zero2.json}" --bf16 True --tf32 True "${arguments[@]}" "$@"
 else
     echo "no GPU found: training on the CPU"
-    llava-mixlora run -m llava.train.train "${arguments[@]}" "$@"
+    llava-mixlora run -m "$package.train.train" "${arguments[@]}" "$@"
 fi
 echo "adapter: $output"
-echo "talk to it: llava-mixlora run -m llava.serve.cli --model-path $output --image-file IMAGE"
+echo "talk to it: llava-mixlora run -m $package.serve.cli --model-path $output --image-file IMAGE"
