@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,20 +126,19 @@ def test_llava_takes_a_type_that_transformers_has_given_to_its_own():
         return config, type("Its", (LlamaForCausalLM,), {"config_class": config, "__module__": module})
 
     config, model = pair(f"{llava_package.used().name}.model")
-    before = AutoConfig.register
-    with pytest.raises(ValueError, match="already used"):
-        AutoConfig.register("llava", config)
-    for patch in transformers_auto.PATCHES:
+    before, copies = AutoConfig.register, [replace(patch) for patch in transformers_auto.PATCHES]
+    for patch in copies:  # of their own, for other tests may leave these applied
         patch.apply()
     mapping = importlib.import_module("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     try:
         AutoConfig.register("llava", config)
         AutoModelForCausalLM.register(config, model)
         assert mapping["llava"] is config and AutoModelForCausalLM._model_mapping[config] is model
+        mapping._extra_content.pop("llava")  # what is registered once is taken everywhere
         with pytest.raises(ValueError, match="already used"):
             AutoConfig.register("llava", pair("another_package")[0])
     finally:
-        for patch in transformers_auto.PATCHES:
+        for patch in copies:
             patch.undo()
         mapping._extra_content.pop("llava", None)
         AutoModelForCausalLM._model_mapping._extra_content.pop(config, None)
