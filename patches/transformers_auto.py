@@ -23,7 +23,7 @@ def _its_own_first(original: Callable[..., None]) -> staticmethod:
 
 
 def _its_models_first(original: Callable[..., None]) -> classmethod:
-    @functools.wraps(original)
+    @functools.wraps(original.__func__)
     def register(cls: type, config_class: type, *args: Any, exist_ok: bool = False) -> None:
         original.__func__(cls, config_class, *args, exist_ok=exist_ok or _is_of_the_llava(config_class))
 
