@@ -146,7 +146,9 @@ def _inner(error: BaseException, package: LlavaPackage) -> BaseException | None:
 
 
 def _is_lazy(error: BaseException) -> bool:
-    return isinstance(error, ImportError) and error.__cause__ is not None
+    """Whether it is what transformers says where a module that it imports on demand fails, in newer and older words."""
+    says_so = isinstance(error, ImportError) or str(error).startswith("Failed to import ")
+    return says_so and error.__cause__ is not None
 
 
 def _hidden_by(error: BaseException, package: LlavaPackage) -> Failure | None:

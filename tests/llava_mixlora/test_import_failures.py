@@ -86,6 +86,17 @@ def test_name_that_a_library_no_longer_has_is_told_with_the_library(package):
     assert message_of_import("airy.train").endswith("line 1); airy was written for another version of json")
 
 
+@pytest.mark.parametrize("kind", ["RuntimeError", "ModuleNotFoundError"])
+def test_cause_that_an_import_on_demand_wraps_is_told_alone(package, kind):
+    package(
+        lazy="try:\n    from json.decoder import Gone\nexcept ImportError as error:\n"
+        f"    raise {kind}('Failed to import lazy because of the following error (look up ...)') from error",
+        train="from . import lazy",
+    )
+    message = message_of_import("airy.train")
+    assert "cannot import name 'Gone'" in message and "Failed to import" not in message
+
+
 def test_name_that_is_nowhere_ends_a_program_of_the_package_in_one_line(package):
     package(train="def train():\n    return math.pi")
     train = importlib.import_module("airy.train").train
