@@ -28,6 +28,8 @@ INSERTS_IMAGES = "prepare_inputs_labels_for_multimodal"
 
 TRAIN, TRAINER, ARCH = "llava.train.train", "llava.train.llava_trainer", "llava.model.llava_arch"
 TRAINER_CLASS, ARCH_CLASS = "LLaVATrainer", "LlavaMetaForCausalLM"
+CLASSES_OF_ARCH = {ARCH_CLASS: INSERTS_IMAGES, "LlavaMetaModel": "initialize_vision_modules"}
+"""Of the module that puts images in, each with the method by which the like of it is known."""
 TRAINED_CLASS = "LlavaLlamaForCausalLM"
 """What train() loads its base as, in some forks one of several classes; they are names of its module."""
 LANGUAGE_MODELS = "llava.model.language_model"
@@ -147,8 +149,8 @@ class LlavaPackage:
         return [one for module in self._modules.values() for one in module if one.name == name]
 
     def _the_like_of(self, module: str, head: str) -> list[Defined]:
-        if module == ARCH and head == ARCH_CLASS:
-            return self._inserting_images
+        if module == ARCH and head in CLASSES_OF_ARCH:
+            return self._inherited_with(CLASSES_OF_ARCH[head])
         if module.startswith(f"{LANGUAGE_MODELS}."):
             return list(self.language_models)
         if module == TRAINER and head == TRAINER_CLASS:
@@ -191,7 +193,10 @@ class LlavaPackage:
 
     @functools.cached_property
     def _inserting_images(self) -> list[Defined]:
-        having = [one for module in self._modules.values() for one in module if INSERTS_IMAGES in one.methods]
+        return self._inherited_with(INSERTS_IMAGES)
+
+    def _inherited_with(self, method: str) -> list[Defined]:
+        having = [one for module in self._modules.values() for one in module if method in one.methods]
         inherited = {base for module in self._modules.values() for one in module for base in one.bases}
         return [one for one in having if one.name in inherited] or having[:1]
 

@@ -12,6 +12,7 @@ import torch
 
 from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.pickles import TensorsOnly
+from llava_mixlora.data.picture_size import take_size_of
 from llava_mixlora.method.forward_passes import known_answers, refine
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
 
@@ -48,6 +49,8 @@ def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..
         call.arguments["labels"] = torch.arange(token_ids.shape[1], device=token_ids.device).expand(token_ids.shape)
         # Those that take positions return them too, before the mask.
         *others, attention_mask, cache, embeddings, places = original(*call.args, **call.kwargs)
+        if len(others) == 1:
+            attention_mask = _padding_masked(call.arguments["attention_mask"], attention_mask, embeddings, places)
         if embeddings is None:
             return (*others, attention_mask, cache, embeddings, labels)
         if answers is not None and token_ids.shape != answers.shape:
@@ -72,6 +75,37 @@ def _name_all_modalities(call: inspect.BoundArguments, rows: int) -> None:
         call.arguments[MODALITIES] = named * rows if len(named) == 1 else named
 
 
+def _padding_masked(
+    given: torch.Tensor | None, returned: torch.Tensor | None, embeddings: torch.Tensor | None, places: torch.Tensor
+) -> torch.Tensor | None:
+    """The mask [B, S] of a sequence that image features are in, by the mask [B, tokens] that was given.
+
+    LLaVA of 2023 puts ones for the features before the mask, whose padding on the left then lies within them, and
+    forgets it altogether where it goes on from a cache.
+    """
+    if given is None or returned is None:
+        return returned
+    if embeddings is None:
+        more = returned.shape[1] - given.shape[1]
+        return returned if more < 0 else torch.cat([given, given.new_ones(len(given), more)], dim=1)
+    of_tokens = places != IGNORE_INDEX
+    positions = torch.arange(places.shape[1], device=places.device)
+    last = (of_tokens * positions).amax(dim=1, keepdim=True)
+    # Behind a row's last token lies what makes rows as long as each other; it has counted that rightly.
+    of_features = returned.masked_fill(positions <= last, 1)
+    return torch.where(of_tokens, given.gather(1, places.clamp(min=0)).to(returned.dtype), of_features)
+
+
+def _pictures_of_the_towers_size(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def initialize_vision_modules(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        tower = self.get_vision_tower()
+        take_size_of(tower, getattr(tower, "image_processor", None))
+
+    return initialize_vision_modules
+
+
 def _moved(labels: torch.Tensor | None, places: torch.Tensor) -> torch.Tensor | None:
     """Labels [B, tokens] in the new sequence [B, S], whose positions come from `places`, or from no token."""
     if labels is None:
@@ -93,6 +127,12 @@ PATCHES = (
         why="the mask and the labels of the sequence that the layers see, image features included, first exist here",
         replace=_tell_routing_scope,
         parameters=("input_ids", "attention_mask", "labels"),
+    ),
+    Patch(
+        "llava.model.llava_arch:LlavaMetaModel.initialize_vision_modules",
+        kind=FAULT,
+        why="some LLaVAs stretch the tower's positions to larger pictures, and leave its image processor as it was",
+        replace=_pictures_of_the_towers_size,
     ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.forward",

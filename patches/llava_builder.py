@@ -33,6 +33,7 @@ from llava_mixlora.adapters.model_places import adapter_of, base_model_of, visio
 from llava_mixlora.adapters.pickles import TensorsOnly
 from llava_mixlora.adapters.reading import Adapter, check_is_of_upstream, read
 from llava_mixlora.attention import FLASH, available_attention
+from llava_mixlora.data.picture_size import take_size_of
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.llava_package import used
 from llava_mixlora.method.stored_tensors import allowing_incomplete
@@ -214,6 +215,17 @@ def _pad_on_the_left(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     return load_pretrained_model
 
 
+def _pictures_of_the_towers_size(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
+    @functools.wraps(original)
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> Loaded:
+        loaded = original(*args, **kwargs)
+        if hasattr(loaded[1], "get_vision_tower"):
+            take_size_of(loaded[1].get_vision_tower(), loaded[2])
+        return loaded
+
+    return load_pretrained_model
+
+
 def _flash_attention_where_it_runs(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     @functools.wraps(original)
     def load_pretrained_model(*args: Any, **kwargs: Any) -> Loaded:
@@ -278,6 +290,12 @@ PATCHES = (
         why="a loaded model keeps the padding side of its training, the right, and in a batch (as lmms-eval asks) "
         "generate() then goes on from the padding of shorter prompts (haotian-liu/LLaVA#754)",
         replace=_pad_on_the_left,
+    ),
+    Patch(
+        "llava.model.builder:load_pretrained_model",
+        kind=FAULT,
+        why="some LLaVAs stretch the tower's positions to larger pictures, and leave its image processor as it was",
+        replace=_pictures_of_the_towers_size,
     ),
     Patch(
         "llava.model.builder:load_pretrained_model",

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.one_stack
 
 ARCH = """
 import torch
+class {name}MetaModel:
+    def initialize_vision_modules(self, model_args): ...
 class {name}MetaForCausalLM:
     def prepare_inputs_labels_for_multimodal(self, input_ids, attention_mask, past_key_values, labels, images):
         return
@@ -88,6 +90,9 @@ PLACES = {
     "llava.train.train:LlavaLlamaForCausalLM": ("earthy.train.train:EarthyLlamaForCausalLM",),
     "llava.train.llava_trainer:LLaVATrainer.__init__": ("earthy.train.earthy_trainer:EarthyTrainer.__init__",),
     "llava.model.llava_arch:torch": ("earthy.model.earthy_arch:torch",),
+    "llava.model.llava_arch:LlavaMetaModel.initialize_vision_modules": (
+        "earthy.model.earthy_arch:EarthyMetaModel.initialize_vision_modules",
+    ),
     "llava.model.builder:load_pretrained_model": ("earthy.model.builder:load_pretrained_model",),
     "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.forward": (
         "earthy.model.language_model.earthy_llama:EarthyLlamaForCausalLM.forward",

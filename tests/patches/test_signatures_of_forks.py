@@ -22,6 +22,22 @@ def of_2023(self, input_ids, attention_mask, past_key_values, labels, images):
     return None, attention_mask, past_key_values, torch.zeros(*input_ids.shape, 4), labels
 
 
+def features_first(self, input_ids, attention_mask, past_key_values, labels, images):
+    """Puts two features in the place of token 9, and ones for them before the mask; forgets it where it has a cache."""
+    if input_ids.shape[1] == 1:
+        return input_ids, attention_mask.new_ones(len(input_ids), past_key_values + 1), past_key_values, None, labels
+    rows = [torch.tensor([label for token in zip(*row) for label in moved(*token)]) for row in zip(input_ids, labels)]
+    sequence = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+    mask = torch.zeros(sequence.shape, dtype=attention_mask.dtype)
+    for row, given, own in zip(rows, attention_mask, mask):
+        own[: len(row)] = torch.cat([given.new_ones(len(row) - len(given)), given])
+    return None, mask, past_key_values, torch.zeros(*sequence.shape, 4), sequence
+
+
+def moved(token, label):
+    return (-100, -100) if token == 9 else (label,)
+
+
 def with_modalities(
     self, input_ids, position_ids, attention_mask, past_key_values, labels, images, modalities=("image",)
 ):
@@ -34,8 +50,30 @@ def test_five_values_come_back_with_the_labels_of_the_tokens():
     prepare = llava_arch._tell_routing_scope(of_2023)
     labels = torch.tensor([[-100, 2, 3], [-100, -100, 6]])
     ids, mask, cache, embeddings, moved = prepare(None, IDS, MASK, None, labels, images=[1])
-    assert ids is None and cache is None and mask is MASK and embeddings.shape == (2, 3, 4)
-    assert torch.equal(moved, labels)
+    assert ids is None and cache is None and embeddings.shape == (2, 3, 4)
+    assert torch.equal(mask, MASK) and torch.equal(moved, labels)
+
+
+@pytest.mark.parametrize(
+    "ids, given, expected",
+    [
+        ([[0, 0, 9, 5], [4, 9, 5, 6]], [[0, 0, 1, 1], [1, 1, 1, 1]], [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]),
+        ([[4, 9, 0, 0], [4, 9, 5, 6]], [[1, 1, 0, 0], [1, 1, 1, 1]], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        ([[4, 5, 0, 0], [4, 9, 5, 6]], [[1, 1, 0, 0], [1, 1, 1, 1]], [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]),
+        ([[0, 4, 5, 9], [9, 9, 5, 6]], [[0, 1, 1, 1], [1, 1, 1, 1]], [[0, 1, 1, 1, 1, 0], [1] * 6]),
+    ],
+    ids=["left", "right", "text alone", "feature last"],
+)
+def test_padding_is_masked_where_features_come_before_the_mask(ids, given, expected):
+    prepare = llava_arch._tell_routing_scope(features_first)
+    _, mask, *_ = prepare(None, torch.tensor(ids), torch.tensor(given), None, None, images=[1])
+    assert mask.tolist() == expected
+
+
+def test_padding_on_the_left_stays_masked_while_an_answer_goes_on():
+    prepare = llava_arch._tell_routing_scope(features_first)
+    _, mask, *_ = prepare(None, torch.tensor([[7], [8]]), torch.tensor([[0, 1, 1], [1, 1, 1]]), 4, None, images=[1])
+    assert mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
 
 
 def test_every_row_of_a_batch_is_given_its_modality():
