@@ -58,6 +58,15 @@ def _quantize_the_language_model_only(names: list[str]) -> Callable[[Any], class
     return replace
 
 
+def _placed_with_little_memory(original: Any) -> classmethod:
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device_map") is not None and kwargs.get("low_cpu_mem_usage") is False:
+            kwargs["low_cpu_mem_usage"] = True
+        return original.__func__(cls, *args, **kwargs)
+
+    return classmethod(from_pretrained)
+
+
 def _drop_cache_position(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, cache_position: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -96,6 +105,13 @@ PATCHES = (
         why="transformers quantizes the projector too, which the builder then fills with 16-bit weights",
         replace=_quantize_the_language_model_only(NEVER_QUANTIZED),
         requires={"transformers": "<5"},
+    ),
+    Patch(
+        "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
+        kind=FAULT,
+        why="some builders name a device that is not 'cuda' together with low_cpu_mem_usage=False, which transformers "
+        "refuses",
+        replace=_placed_with_little_memory,
     ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",

@@ -1,4 +1,4 @@
-"""Conversations in LLaVA's format as batches for a loaded model, prepared by LLaVA's own data code."""
+"""Conversations in LLaVA's format as batches for a loaded model, prepared by LLaVA's own data code where it has any."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from tqdm import tqdm
 from ..data.conversations import read_conversations
 from ..data.images import check_images
 from ..errors import MixLoraError
-from ..llava_package import TRAIN, part
+from ..llava_package import TRAIN, part, used
 from ..writing import writing
 from .loading import Loaded
+from .template_samples import TemplateSamples
 
 Batch = dict[str, Any]
 
@@ -121,7 +122,8 @@ def training_data(
 ) -> tuple[Any, Callable[[list[dict[str, Any]]], Batch]]:
     """Upstream's data set of conversations, and its function that makes a batch of some of its items.
 
-    Sets upstream's conversation template, which is global there.
+    Of a LLaVA that has no training program, data set and function are those of [`TemplateSamples`]. Sets upstream's
+    conversation template, which is global there.
 
     Raises:
         MixLoraError: there is no template `version`.
@@ -133,6 +135,9 @@ def training_data(
     conversation.default_conversation = conversation.conv_templates[version]
     tokenizer, model, image_processor = loaded
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
+    if used().module(TRAIN) is None:
+        dataset = TemplateSamples(samples, loaded, image_folder, version)
+        return dataset, dataset.collate
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "samples.json"
         with writing(file, "make room there, or name another folder for temporary files in TMPDIR"):
