@@ -5,6 +5,8 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
+from llava_mixlora.patches.llava_llama import _placed_with_little_memory
+
 from ..tiny import quantizes_on_cpu
 
 BUILDER_4BIT = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float16)
@@ -68,3 +70,21 @@ def test_without_quantization_nothing_changes(load):
     model = load()
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     assert model.model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "given, passed",
+    [
+        ({"device_map": {"": "cpu"}, "low_cpu_mem_usage": False}, {"device_map": {"": "cpu"}, "low_cpu_mem_usage": True}),
+        ({"low_cpu_mem_usage": False}, {"low_cpu_mem_usage": False}),
+        ({"device_map": "auto"}, {"device_map": "auto"}),
+    ],
+)
+def test_device_is_not_named_with_more_memory_than_it_allows(given, passed):
+    class Model:
+        @classmethod
+        def from_pretrained(cls, **how):
+            return how
+
+    Model.from_pretrained = _placed_with_little_memory(Model.from_pretrained)
+    assert Model.from_pretrained(**given) == passed
