@@ -100,8 +100,9 @@ def _pictures_of_the_towers_size(original: Callable[..., None]) -> Callable[...,
     @functools.wraps(original)
     def initialize_vision_modules(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        tower = self.get_vision_tower()
-        take_size_of(tower, getattr(tower, "image_processor", None))
+        if hasattr(self, "get_vision_tower"):  # a fork may have towers of other names
+            tower = self.get_vision_tower()
+            take_size_of(tower, getattr(tower, "image_processor", None))
 
     return initialize_vision_modules
 

@@ -15,12 +15,17 @@ def loader_name(model_type: str | None, is_adapter: bool = False) -> str | None:
     return f"{name}-lora" if name and is_adapter else name
 
 
-def misleading(folder: str | Path, model_type: str | None) -> str | None:
+def misleading(folder: str | Path, model_type: str | None, its_own: str | None = None) -> str | None:
     """What of a folder's name takes LLaVA's loader elsewhere, and a name to give it; None: it loads by its name.
 
     The name counts as `get_model_name_from_path` tells it: with the folder above, for one called checkpoint-N.
+
+    Args:
+        folder: of the model.
+        model_type: of its `config.json`.
+        its_own: a name that takes the right branch of a fork's own loader.
     """
-    needed = loader_name(model_type)
+    needed = its_own or loader_name(model_type)
     if needed is None:
         return None
     path = Path(folder).absolute()

@@ -141,7 +141,7 @@ class TokenCounter:
         before = conversation.default_conversation
         if self.version not in WITHOUT_TEMPLATE:
             templates = conversation.conv_templates
-            conversation.default_conversation = templates.get(self.version, templates["vicuna_v1"])
+            conversation.default_conversation = templates.get(self.version) or templates.get("vicuna_v1", before)
         try:
             yield
         finally:

@@ -28,6 +28,7 @@ from ..adapters.adapter_record import RECORD, read_record
 from ..adapters.base_check import check_base, record_of_merged
 from ..adapters.config_file import absolute
 from ..adapters.llava_config import read_llava_config
+from ..adapters.loader_branch import branch_of
 from ..adapters.loader_names import misleading
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
@@ -39,6 +40,7 @@ from ..errors import MixLoraError
 from ..inference.conversation import conversation_of
 from ..inference.model_flags import add_model_flags, choices_of
 from ..inference.samples import SampleSource
+from ..llava_package import ORIGINAL, part, used
 from ..inputs import positive, read_json
 from ..method.tensor_names import PEFT_PREFIX
 from ..own_files import copy_own
@@ -122,7 +124,8 @@ def _merge(given: argparse.Namespace) -> None:
 
 
 def _how_to_load(merged: Path) -> str:
-    elsewhere = misleading(merged, read_json(merged / "config.json").get("model_type"))
+    model_type = read_json(merged / "config.json").get("model_type")
+    elsewhere = misleading(merged, model_type, _name_for_its_loader(model_type))
     if elsewhere is None:
         loads = "LLaVA loads it with no --model-base."
     else:
@@ -133,6 +136,15 @@ def _how_to_load(merged: Path) -> str:
         f"{loads} By the name its programs choose the conversation template too; --conv-mode says {template}, which "
         "llava-mixlora run does by itself."
     )
+
+
+def _name_for_its_loader(model_type: str | None) -> str | None:
+    """A name by which a fork's own loader takes the class of that type; None: of LLaVA, or the name does not decide."""
+    model = None if used().name == ORIGINAL else used().language_model(model_type)
+    if model is None:
+        return None
+    branch = branch_of(part("llava.model.builder:load_pretrained_model"), model[0].name)
+    return branch.name if branch is not None and branch.name else None
 
 
 def _export_lora(given: argparse.Namespace) -> None:

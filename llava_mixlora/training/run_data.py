@@ -16,7 +16,7 @@ from ..data.check import MAX_LOST_SHARE, DataCheck, check_data
 from ..data.images import CHECKS, HEADERS, NONE
 from ..data.token_counts import WITHOUT_TEMPLATE, TokenCounter
 from ..errors import MixLoraError
-from ..llava_package import part
+from ..llava_package import ORIGINAL, part, used
 from .given_flags import is_true
 
 UPSTREAM_DEFAULTS = {"version": "v0", "model_max_length": "512", "mm_vision_select_feature": "patch"}
@@ -138,7 +138,9 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     version, marks_ends = known["version"], is_true(flags, "mm_use_im_start_end")
     if version not in WITHOUT_TEMPLATE or version == "v0.5":
-        tokenizer.pad_token = tokenizer.unk_token
+        # Where a tokenizer has none, LLaVA is left without padding, and a fork of another name keeps the tokenizer's.
+        of_fork = tokenizer.pad_token if used().name != ORIGINAL else None
+        tokenizer.pad_token = tokenizer.unk_token or of_fork
     elif tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if marks_ends:

@@ -38,5 +38,6 @@ def _template() -> str | None:
 
 
 def _data(run: Run) -> dict[str, Any]:
-    name = run.flags.get("data_path")
-    return {"name": Path(name).name if name else None, "samples": run.samples, "sha256": run.data}
+    given = run.flags.get("data_path")
+    names = given if isinstance(given, list) else [given] if given else []  # some forks take several files
+    return {"name": ", ".join(Path(name).name for name in names) or None, "samples": run.samples, "sha256": run.data}

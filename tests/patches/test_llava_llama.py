@@ -75,7 +75,10 @@ def test_without_quantization_nothing_changes(load):
 @pytest.mark.parametrize(
     "given, passed",
     [
-        ({"device_map": {"": "cpu"}, "low_cpu_mem_usage": False}, {"device_map": {"": "cpu"}, "low_cpu_mem_usage": True}),
+        (
+            {"device_map": {"": "cpu"}, "low_cpu_mem_usage": False},
+            {"device_map": {"": "cpu"}, "low_cpu_mem_usage": True},
+        ),
         ({"low_cpu_mem_usage": False}, {"low_cpu_mem_usage": False}),
         ({"device_map": "auto"}, {"device_map": "auto"}),
     ],

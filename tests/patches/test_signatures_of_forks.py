@@ -3,6 +3,7 @@
 import importlib
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_padding_on_the_left_stays_masked_while_an_answer_goes_on():
     prepare = llava_arch._tell_routing_scope(features_first)
     _, mask, *_ = prepare(None, torch.tensor([[7], [8]]), torch.tensor([[0, 1, 1], [1, 1, 1]]), 4, None, images=[1])
     assert mask.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_towers_size_is_asked_of_models_that_have_one_vision_tower(has_it, monkeypatch):
+    asked = []
+    monkeypatch.setattr(llava_arch, "take_size_of", lambda *parts: asked.append(parts))
+    tower = SimpleNamespace(image_processor="processor")
+    model = SimpleNamespace(**({"get_vision_tower": lambda: tower} if has_it else {}))
+    llava_arch._pictures_of_the_towers_size(lambda self, model_args: None)(model, model_args=None)
+    assert asked == ([(tower, "processor")] if has_it else [])
 
 
 def test_every_row_of_a_batch_is_given_its_modality():

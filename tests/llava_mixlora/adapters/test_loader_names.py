@@ -42,3 +42,9 @@ def test_names_for_the_loader_take_the_branch_of_their_type():
     for model_type in ("llava_llama", "llava_mistral"):
         assert misleading(loader_name(model_type), model_type) is None
     assert loader_name("llava_llama", is_adapter=True) == "llava-lora" and loader_name("gpt2") is None
+
+
+def test_name_for_a_forks_own_loader_is_told():
+    line = misleading("out/merged", "earthy", its_own="earthgpt")
+    assert line == "'merged' has no 'earthgpt'; rename it, such as to 'earthgpt-merged'"
+    assert misleading("out/EarthGPT-merged", "earthy", its_own="earthgpt") is None

@@ -116,3 +116,14 @@ def test_a_tokenizer_without_bytes_makes_unknown_characters_count(counter):
     assert of_limit.surely_fits(sample("<image>\nwhat", "蓝"))
     of_limit.__dict__["_has_unknown"] = True
     assert not of_limit.surely_fits(sample("<image>\nwhat", "蓝"))
+
+
+@pytest.mark.parametrize("kept", ["v1", "plain"])
+def test_templates_of_a_fork_that_has_no_vicuna_are_enough(counter, patched, monkeypatch, kept):
+    from llava import conversation
+
+    before = conversation.default_conversation
+    monkeypatch.setattr(conversation, "conv_templates", {kept: conversation.conv_templates[kept]})
+    with counter("v1")._template():
+        assert conversation.default_conversation is (conversation.conv_templates[kept] if kept == "v1" else before)
+    assert conversation.default_conversation is before

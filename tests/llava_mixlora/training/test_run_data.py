@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 from torch import distributed
 from torch.multiprocessing import spawn
+from transformers import AutoTokenizer
 
+from llava_mixlora import llava_package
 from llava_mixlora.data.check import check_data
 from llava_mixlora.training.run_data import agree, check_run_data, max_lost_share, token_counter
 
@@ -117,3 +119,19 @@ def test_held_out_data_is_checked_like_that_of_training(flags, tmp_path):
     data = check_run_data({**flags, "eval_image_folder": str(tmp_path / "other")})
     assert data.of(str(held_out)).usable == 2 and data.of(flags["data_path"]) is data.training
     assert data.of("another.json") is None
+
+
+@pytest.mark.parametrize("package, padding", [("llava", None), ("earthy", "</s>")])
+def test_a_forks_tokenizer_without_an_unknown_token_keeps_its_padding(flags, monkeypatch, package, padding):
+    from llava_mixlora.training import run_data
+
+    class Tokenizers:
+        @staticmethod
+        def from_pretrained(path, **how):
+            tokenizer = AutoTokenizer.from_pretrained(path, **how)
+            tokenizer.unk_token, tokenizer.pad_token = None, "</s>"
+            return tokenizer
+
+    monkeypatch.setattr(run_data, "AutoTokenizer", Tokenizers)
+    monkeypatch.setattr(run_data, "used", lambda: llava_package.LlavaPackage(package))
+    assert token_counter(flags).tokenizer.pad_token == padding
