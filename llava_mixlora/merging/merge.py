@@ -40,8 +40,8 @@ from ..errors import MixLoraError
 from ..inference.conversation import conversation_of
 from ..inference.model_flags import add_model_flags, choices_of
 from ..inference.samples import SampleSource
-from ..llava_package import ORIGINAL, part, used
 from ..inputs import positive, read_json
+from ..llava_package import ORIGINAL, part, used
 from ..method.tensor_names import PEFT_PREFIX
 from ..own_files import copy_own
 from ..writing import save_tensors
