@@ -70,11 +70,11 @@ def load_for_inference(
             keep_adapter=keep_adapter,
             choices=choices,
         )
-    if isinstance(image_processor, dict):  # in some forks there is one for each kind of input
-        image_processor = image_processor.get("image")
     if device == "cpu" and bits == 16:
         size = 4 * sum(parameter.numel() for parameter in model.parameters())
         model = model.float() if size < psutil.virtual_memory().total / 2 else model.bfloat16()
+    if isinstance(image_processor, dict):  # in some forks there is one for each kind of input
+        image_processor = image_processor.get("image")
     return tokenizer, model.eval(), image_processor
 
 
