@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llava_mixlora.adapters.whole_model import loading_whole_models
+from llava_mixlora.llava_package import used
 
 from .patch import COMPATIBILITY, FAULT, Patch
 
@@ -75,7 +76,34 @@ def _drop_cache_position(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _with_the_last_token_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def prepare_inputs_for_generation(
+        self: Any, input_ids: torch.Tensor, past_key_values: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # One with a generate() of its own hands over embeddings, and counts them.
+        puts_images_in_each_time = not any("generate" in vars(cls) for cls in _classes_of_the_llava(self))
+        if puts_images_in_each_time and past_key_values and "images" in kwargs:
+            input_ids = input_ids[:, -1:]
+        return original(self, input_ids, past_key_values, *args, **kwargs)
+
+    return prepare_inputs_for_generation
+
+
+def _classes_of_the_llava(model: Any) -> list[type]:
+    return [cls for cls in type(model).__mro__ if cls.__module__.partition(".")[0] == used().name]
+
+
 PATCHES = (
+    Patch(
+        "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.prepare_inputs_for_generation",
+        kind=COMPATIBILITY,
+        why="transformers counts the cache, image features in it, against a prompt without them, and gives some LLaVAs "
+        "their prompt anew with every token",
+        replace=_with_the_last_token_alone,
+        parameters=("input_ids", "past_key_values"),
+        requires={"transformers": ">=4.36,<5"},
+    ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.forward",
         kind=COMPATIBILITY,

@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from llava_mixlora.patches.llava_llama import _placed_with_little_memory
+from llava_mixlora.patches.llava_llama import _placed_with_little_memory, _with_the_last_token_alone
 
 from ..tiny import quantizes_on_cpu
 
@@ -91,3 +91,19 @@ def test_device_is_not_named_with_more_memory_than_it_allows(given, passed):
 
     Model.from_pretrained = _placed_with_little_memory(Model.from_pretrained)
     assert Model.from_pretrained(**given) == passed
+
+
+@pytest.mark.parametrize(
+    "own_generate, cache, images, expected",
+    [(False, ((1,),), "p", [[3]]), (True, ((1,),), "p", [[1, 2, 3]]), (False, None, "p", [[1, 2, 3]])],
+)
+def test_prompt_is_not_given_anew_where_images_are_put_in_each_time(own_generate, cache, images, expected):
+    class Model:
+        def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+            return input_ids
+
+    Model.__module__ = "llava.model"
+    if own_generate:
+        Model.generate = lambda self: None
+    prepare = _with_the_last_token_alone(Model.prepare_inputs_for_generation)
+    assert prepare(Model(), torch.tensor([[1, 2, 3]]), past_key_values=cache, images=images).tolist() == expected
