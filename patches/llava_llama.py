@@ -83,9 +83,12 @@ def _with_the_last_token_alone(original: Callable[..., Any]) -> Callable[..., An
     ) -> Any:
         # One with a generate() of its own hands over embeddings, and counts them.
         puts_images_in_each_time = not any("generate" in vars(cls) for cls in _classes_of_the_llava(self))
-        if puts_images_in_each_time and past_key_values and "images" in kwargs:
-            input_ids = input_ids[:, -1:]
-        return original(self, input_ids, past_key_values, *args, **kwargs)
+        inputs = original(self, input_ids, past_key_values, *args, **kwargs)
+        if puts_images_in_each_time and past_key_values and inputs.get("images") is not None:
+            inputs["input_ids"] = input_ids[:, -1:]
+            if inputs.get("position_ids") is not None:
+                inputs["position_ids"] = inputs["position_ids"][:, -1:]
+        return inputs
 
     return prepare_inputs_for_generation
 

@@ -95,15 +95,22 @@ def test_device_is_not_named_with_more_memory_than_it_allows(given, passed):
 
 @pytest.mark.parametrize(
     "own_generate, cache, images, expected",
-    [(False, ((1,),), "p", [[3]]), (True, ((1,),), "p", [[1, 2, 3]]), (False, None, "p", [[1, 2, 3]])],
+    [
+        (False, ((1,),), "pixels", [[3]]),
+        (False, ((1,),), None, [[1, 2, 3]]),
+        (False, None, "pixels", [[1, 2, 3]]),
+        (True, ((1,),), "pixels", [[1, 2, 3]]),
+    ],
 )
 def test_prompt_is_not_given_anew_where_images_are_put_in_each_time(own_generate, cache, images, expected):
     class Model:
         def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
-            return input_ids
+            return {"input_ids": input_ids, "position_ids": input_ids - 1, **kwargs}
 
     Model.__module__ = "llava.model"
     if own_generate:
         Model.generate = lambda self: None
     prepare = _with_the_last_token_alone(Model.prepare_inputs_for_generation)
-    assert prepare(Model(), torch.tensor([[1, 2, 3]]), past_key_values=cache, images=images).tolist() == expected
+    found = prepare(Model(), torch.tensor([[1, 2, 3]]), past_key_values=cache, images=images)
+    assert found["input_ids"].tolist() == expected
+    assert torch.equal(found["position_ids"], found["input_ids"] - 1)
