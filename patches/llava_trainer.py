@@ -68,7 +68,7 @@ def _watch_steps(original: Callable[..., Any]) -> Callable[..., Any]:
 def _step_watch(trainer: Any) -> StepWatch:
     base = trainer.model.get_base_model()
     tower = base.get_vision_tower() if hasattr(base, "get_vision_tower") else None  # without --vision_tower, a Llama
-    image_tokens = 1 if tower is None else tower.num_patches + (tower.select_feature == "cls_patch")
+    image_tokens = 1 if tower is None else tower.num_patches + (getattr(tower, "select_feature", None) == "cls_patch")
     limit = getattr(base.config, "tokenizer_model_max_length", None) or sys.maxsize
     return StepWatch(image_tokens, limit, trainer.args.fp16)
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -142,14 +142,20 @@ def training_data(
         file = Path(folder) / "samples.json"
         with writing(file, "make room there, or name another folder for temporary files in TMPDIR"):
             file.write_text(json.dumps(samples), encoding="utf-8")
-        arguments = part(f"{TRAIN}:DataArguments")(
-            data_path=str(file), image_folder=str(image_folder), is_multimodal=True
-        )
+        known = part(f"{TRAIN}:DataArguments")
+        path = [str(file)] if takes_several_files(known) else str(file)
+        arguments = known(data_path=path, image_folder=str(image_folder), is_multimodal=True)
         arguments.image_processor = image_processor
         arguments.image_aspect_ratio = getattr(model.config, "image_aspect_ratio", None) or "square"
         arguments.mm_use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)
         module = part(f"{TRAIN}:make_supervised_data_module")(tokenizer, arguments)
     return module["train_dataset"], module["data_collator"]
+
+
+def takes_several_files(data_arguments: type) -> bool:
+    """Whether a LLaVA's `--data_path` is a list of files, as its class of the flags for data says."""
+    kind = get_type_hints(data_arguments)["data_path"]
+    return any(get_origin(one) is list for one in (kind, *get_args(kind)))
 
 
 def with_images(model: nn.Module, batch: Batch) -> Batch:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from llava_mixlora.patches import llava_arch, transformers_auto, transformers_former_names
+from llava_mixlora.patches import llava_arch, llava_trainer, transformers_auto, transformers_former_names
 from llava_mixlora.patches.patch import Patch
 
 from llava_mixlora import llava_package
@@ -192,3 +192,13 @@ def test_llava_takes_a_type_that_transformers_has_given_to_its_own():
         mapping._extra_content.pop("llava", None)
         AutoModelForCausalLM._model_mapping._extra_content.pop(config, None)
     assert AutoConfig.register is before
+
+
+@pytest.mark.parametrize(
+    "selects, tokens", [({}, 4), ({"select_feature": "patch"}, 4), ({"select_feature": "cls_patch"}, 5)]
+)
+def test_tower_that_selects_nothing_gives_its_patches(selects, tokens):
+    tower = SimpleNamespace(num_patches=4, **selects)
+    base = SimpleNamespace(get_vision_tower=lambda: tower, config=SimpleNamespace())
+    trainer = SimpleNamespace(model=SimpleNamespace(get_base_model=lambda: base), args=SimpleNamespace(fp16=False))
+    assert llava_trainer._step_watch(trainer).image_tokens == tokens
