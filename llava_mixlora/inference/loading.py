@@ -16,9 +16,10 @@ from ..adapters.adapter_folder import is_adapter
 from ..adapters.its_llava import use_its_llava
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_places import adapter_of, base_model_of
+from ..errors import MixLoraError
 from ..import_failures import told_in_one_line
 from ..inputs import check_model_path
-from ..llava_package import part
+from ..llava_package import part, used
 
 Loaded = tuple[Any, Any, Any]
 """Tokenizer, model and image processor."""
@@ -53,6 +54,7 @@ def load_for_inference(
     use_its_llava(adapter_of(str(model_path)))
     patches.apply()
     load_pretrained_model = part("llava.model.builder:load_pretrained_model")
+    _check_asks_no_more(load_pretrained_model)
     model_path = adapter_of(str(model_path))
     has_adapter = is_adapter(model_path)
     base = base_model_of(model_path, model_base and str(model_base)) if has_adapter else None
@@ -76,6 +78,17 @@ def load_for_inference(
     if isinstance(image_processor, dict):  # in some forks there is one for each kind of input
         image_processor = image_processor.get("image")
     return tokenizer, model.eval(), image_processor
+
+
+def _check_asks_no_more(loader: Callable[..., Any]) -> None:
+    given = ("model_path", "model_base", "model_name", "load_8bit", "load_4bit", "device_map", "device")
+    for name, parameter in inspect.signature(loader).parameters.items():
+        is_asked = parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if is_asked and name not in given:
+            raise MixLoraError(
+                f"load_pretrained_model of {used().name} asks for {name!r}, which no file of a model tells; load it in "
+                "a script of yours that says it, under llava-mixlora run SCRIPT.py"
+            )
 
 
 def _places(loader: Callable[..., Any], device: str) -> dict[str, Any]:
