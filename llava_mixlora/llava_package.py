@@ -40,6 +40,7 @@ LEADING = {
     "llava.constants": "IMAGE_TOKEN_INDEX",
 }
 """What a module has to define to be the like of LLaVA's, if it has another name."""
+DELAYED = "delay_load"
 TRAINS = {"train", "TrainingArguments"}
 DATA_SET = "LazySupervisedDataset"
 
@@ -115,6 +116,13 @@ class LlavaPackage:
     def modules_with(self, name: str) -> list[str]:
         """Its modules that define a name themselves."""
         return [one.module for one in self._named(name) if not one.imported]
+
+    @property
+    def may_leave_towers_empty(self) -> bool:
+        """Whether it makes the tower before it reads a checkpoint, unless the `config.json` there says `delay_load`."""
+        module = self.module(ARCH)
+        tree = ast.Module([], []) if module is None else _tree(file_of(module))
+        return any(isinstance(node, ast.Constant) and node.value == DELAYED for node in ast.walk(tree))
 
     @property
     def trains(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from llava_mixlora import MixLoraError
 from llava_mixlora.adapters.pickles import TensorsOnly
+from llava_mixlora.data.answers import answer_mark, answers_alone
 from llava_mixlora.data.picture_size import take_size_of
 from llava_mixlora.method.forward_passes import known_answers, refine
 from llava_mixlora.method.model_inputs import IGNORE_INDEX
@@ -19,7 +20,17 @@ from llava_mixlora.method.model_inputs import IGNORE_INDEX
 from .patch import FAULT, METHOD, Patch
 
 MODALITIES = "modalities"
+_answer_mark: torch.Tensor | None = None
 _given_embeddings: ContextVar[torch.Tensor | None] = ContextVar("inputs_embeds of a forward pass", default=None)
+
+
+def find_answers_of(tokenizer: Any) -> None:
+    """From here on answers are told by the labels of the data that is prepared with this tokenizer.
+
+    Of the process, as the conversation template of that data is.
+    """
+    global _answer_mark
+    _answer_mark = answer_mark(tokenizer)
 
 
 def _keep_given_embeddings(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,7 +69,9 @@ def _tell_routing_scope(original: Callable[..., tuple[Any, ...]]) -> Callable[..
                 f"known_prompt: a mask of shape {tuple(answers.shape)} for token ids of shape "
                 f"{tuple(token_ids.shape)}: expected one value for each token, one for an image"
             )
-        told = labels if answers is None else torch.where(answers.to(token_ids.device), token_ids, IGNORE_INDEX)
+        told = None if labels is None else answers_alone(token_ids, labels, _answer_mark, IGNORE_INDEX)
+        if answers is not None:
+            told = torch.where(answers.to(token_ids.device), token_ids, IGNORE_INDEX)
         # Padding is a position of no token too; routers leave it out by the mask.
         refine(attention_mask, _moved(told, places), embeddings, images=places == IGNORE_INDEX)
         return (*others, attention_mask, cache, embeddings, _moved(labels, places))

@@ -32,6 +32,7 @@ from llava_mixlora.adapters.model_choices import AS_NAMED, ModelChoices
 from llava_mixlora.adapters.model_places import adapter_of, base_model_of, vision_tower_of
 from llava_mixlora.adapters.pickles import TensorsOnly
 from llava_mixlora.adapters.reading import Adapter, check_is_of_upstream, read
+from llava_mixlora.adapters.stored_weights import check_folder_is_no_wrapped_model
 from llava_mixlora.attention import FLASH, available_attention
 from llava_mixlora.data.picture_size import take_size_of
 from llava_mixlora.errors import MixLoraError
@@ -69,6 +70,7 @@ def _load_mixlora(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
         if not is_adapter(model_path):
             check_names_no_code(model_path)
             check_is_no_native(model_path)
+            check_folder_is_no_wrapped_model(model_path)
             config = None if model_base else _with_its_tower(original, model_path, chosen)
             if config is None:
                 return original(model_path, model_base, model_name, *args, **kwargs)
@@ -90,6 +92,7 @@ def _load_adapter(
 ) -> Loaded:
     check_is_its_llava(model_path)
     base = base_model_of(model_path, model_base)
+    check_folder_is_no_wrapped_model(base)
     if read_record(model_path) is None:
         print(
             f"note: {model_path} has no {RECORD} (an earlier version made it, or LLaVA alone), so whether base, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from llava_mixlora.training.run_data import agree
 from llava_mixlora.training.task_labels import LABEL, TaskLabels
 from llava_mixlora.training.turns import counts_turns_alone
 
+from .llava_arch import find_answers_of
 from .llava_train import running_tasks, running_train
 from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
@@ -69,10 +71,11 @@ def _know_legacy(original: Callable[..., Any]) -> Callable[..., Any]:
     return preprocess_v1
 
 
-def _number_tasks(original: Callable[..., Any]) -> Callable[..., Any]:
+def _prepare_for_routers(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def make_supervised_data_module(*args: Any, **kwargs: Any) -> Any:
         module, tasks = original(*args, **kwargs), running_tasks()
+        find_answers_of(inspect.signature(original).bind(*args, **kwargs).arguments["tokenizer"])
         if tasks is not None:
             # The collator, not the process, knows the tasks: workers of a DataLoader may be new processes.
             module["data_collator"] = TaskLabels(module["data_collator"], tasks)
@@ -120,8 +123,9 @@ PATCHES = (
     Patch(
         "llava.train.train:make_supervised_data_module",
         kind=METHOD,
-        why="its collator makes the batch, which tells the model each sample's task with --mixlora_task_loss_weight",
-        replace=_number_tasks,
+        why="its collator makes the batch, which tells the model each sample's task with --mixlora_task_loss_weight, "
+        "and its tokenizer tells where answers begin",
+        replace=_prepare_for_routers,
         parameters=("tokenizer", "data_args"),
     ),
 )

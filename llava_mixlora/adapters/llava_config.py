@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import MixLoraError, printable
 from ..inputs import read_json
-from ..llava_package import used
+from ..llava_package import DELAYED, used
 from ..method.field_kinds import is_number, is_place, is_whole
 from ..own_files import own_file
 from .config_file import config_of
@@ -115,6 +115,19 @@ def llava_config(folder: str | Path) -> Any:
     except Exception as error:  # each version of transformers has its own checks
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MixLoraError(f"{file} does not describe a {config_class.__name__} ({reason}); copy it again") from error
+
+
+def of_a_whole_model(fields: dict[str, Any], has_tower: bool) -> dict[str, Any]:
+    """The `config.json` of a whole LLaVA, for its own loader, of that of an adapter of a bare language model.
+
+    Args:
+        fields: as [`read_llava_config`] gives them.
+        has_tower: whether the checkpoint holds the vision tower.
+    """
+    found = used().language_model(fields.get("model_type"))
+    if found is not None and fields["model_type"] != found[1]:
+        fields = {**fields, "model_type": found[1], "architectures": [found[0].name]}
+    return {**fields, DELAYED: not has_tower} if used().may_leave_towers_empty else fields
 
 
 def check_names_no_code(model: str, cache_dir: str | None = None) -> None:

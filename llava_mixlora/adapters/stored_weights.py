@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from ..errors import MixLoraError
 from ..inputs import read_json
 from .pickles import read_state_dict
+
+BASE_LAYER = ".base_layer."
+"""In the names of weights that an adapter is wrapped around."""
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -55,6 +58,37 @@ def weight_files(folder: Path) -> list[Path]:
                 raise MixLoraError(f"{folder / index} is damaged: it names no shards in 'weight_map'; copy it again")
             return [_present(folder / Path(name).name, index) for name in sorted(set(map(str, shards.values())))]
     raise MixLoraError(f"{folder} holds no weights; expected {WEIGHTS_NAME} or {SAFE_WEIGHTS_NAME}, whole or in shards")
+
+
+def check_is_no_wrapped_model(folder: str | Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint that was saved with an adapter around its layers, whose weights have names that no model has.
+
+    A loader finds none of them, and leaves these layers as they were drawn.
+
+    Args:
+        folder: of the checkpoint, for the message.
+        names: of its tensors.
+
+    Raises:
+        MixLoraError: names the first of them, and their number.
+    """
+    wrapped = [name for name in names if BASE_LAYER in name]
+    if wrapped:
+        raise MixLoraError(
+            f"{folder} has {len(wrapped)} tensors such as {wrapped[0]}: it was saved with an adapter around layers, "
+            "and a model finds none of these; expected a whole model: merge its adapter (llava-mixlora merge), or take "
+            "the base of its training"
+        )
+
+
+def check_folder_is_no_wrapped_model(folder: str | Path) -> None:
+    """As [`check_is_no_wrapped_model`], of a folder; weights that are not there, or pickled, are not looked at."""
+    folder = Path(folder)
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file() or (folder / SAFE_WEIGHTS_NAME).is_file():
+        check_is_no_wrapped_model(folder, StoredWeights(folder))
+    elif (folder / WEIGHTS_INDEX_NAME).is_file():
+        names = read_json(folder / WEIGHTS_INDEX_NAME).get("weight_map")
+        check_is_no_wrapped_model(folder, names if isinstance(names, dict) else ())
 
 
 def equal_but_for_rounding(a: Tensor, b: Tensor) -> bool:

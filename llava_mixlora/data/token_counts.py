@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..llava_package import TRAIN, part
+from .answers import answer_mark, answers_alone
 from .conversations import IMAGE, Sample, Unusable
 
 WITHOUT_TEMPLATE = ("v0", "v0.5")
@@ -131,9 +132,15 @@ class TokenCounter:
                     "LLaVA cannot prepare it", f"LLaVA cannot prepare it ({type(error).__name__}: {error})"
                 ) from error
         ids, labels = (torch.as_tensor(prepared[name][0]) for name in ("input_ids", "labels"))
+        labels = answers_alone(ids[None], labels[None], self._answer_mark, constants.IGNORE_INDEX)[0]
         places = expanded_places(ids == constants.IMAGE_TOKEN_INDEX, self.image_tokens)
         tokens = len(ids) + (self.image_tokens - 1) * int((ids == constants.IMAGE_TOKEN_INDEX).sum())
         return tokens, int(((labels != constants.IGNORE_INDEX) & (places < self.limit)).sum())
+
+    @cached_property
+    def _answer_mark(self) -> Tensor | None:
+        with self._template():
+            return answer_mark(self.tokenizer)
 
     @contextmanager
     def _template(self) -> Iterator[None]:

@@ -27,14 +27,15 @@ from ..adapters.adapter_folder import (
 from ..adapters.adapter_record import RECORD, read_record
 from ..adapters.base_check import check_base, record_of_merged
 from ..adapters.config_file import absolute
-from ..adapters.llava_config import read_llava_config
+from ..adapters.its_llava import use_its_llava
+from ..adapters.llava_config import of_a_whole_model, read_llava_config
 from ..adapters.loader_branch import branch_of
 from ..adapters.loader_names import misleading
 from ..adapters.model_choices import AS_NAMED, ModelChoices
 from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
 from ..adapters.model_places import base_model_of
 from ..adapters.shards import write_shards
-from ..adapters.stored_weights import StoredWeights, weight_files
+from ..adapters.stored_weights import StoredWeights, check_is_no_wrapped_model, weight_files
 from ..data.kept_calibration import KEPT, SAMPLES
 from ..errors import MixLoraError
 from ..inference.conversation import conversation_of
@@ -270,8 +271,10 @@ def check_merge(
             has no room for the result.
     """
     check_output(FLAG, output)
+    use_its_llava(adapter.folder)
     base = base_folder(base_model_of(adapter.folder, model_base))
     stored = StoredWeights(base)
+    check_is_no_wrapped_model(base, stored)
     for name, layer in adapter.items():
         _check_fits(f"{name}.weight", [layer.factors_B.shape[1], layer.factors_A.shape[1]], stored, base)
     check_base(adapter.folder, str(base), choices.allow_other_base)
@@ -300,6 +303,7 @@ def write_merged(
     contents.pop("quantization_config", None)  # what is written here is not quantized
     if vision_tower is not None:
         contents["mm_vision_tower"] = absolute(vision_tower)
+    contents = of_a_whole_model(contents, has_tower=any("vision_tower" in name for name in stored))
     (folder / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
     for name in TOKENIZER_FILES:
         if INPUT_EMBEDDINGS in added:  # its tokenizer has more tokens than the base's

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.cpp_extension import get_default_build_root
 
 from ..adapters.llava_config import check_names_no_code
+from ..adapters.stored_weights import check_folder_is_no_wrapped_model
 from ..errors import MixLoraError
 from ..inputs import check_model_path, check_writable, expanded, read_json
 from ..shipped import shipped
@@ -39,6 +40,7 @@ def check_training_inputs(argv: Sequence[str]) -> RunData | None:
         check_model_path(f"--{flag}", flags.get(flag))
     if flags.get("model_name_or_path"):
         check_names_no_code(flags["model_name_or_path"], flags.get("cache_dir"))
+        check_folder_is_no_wrapped_model(expanded(flags["model_name_or_path"]))
     if is_true(flags, "mixlora_enable"):
         check_architecture(flags.get("model_name_or_path"))
     projector = flags.get("pretrain_mm_mlp_adapter")

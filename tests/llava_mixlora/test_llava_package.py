@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from llava_mixlora import MixLoraError, llava_package
+from llava_mixlora.adapters.llava_config import of_a_whole_model
 from llava_mixlora.llava_package import LlavaPackage, is_llava, package_of_program
 
 pytestmark = pytest.mark.one_stack
@@ -131,6 +132,23 @@ def test_language_model_is_known_by_its_type_or_by_that_of_what_it_is_made_of(fo
         model, own = package.language_model(model_type)
         assert (model.name, own) == ("EarthyQwen2ForCausalLM", "earthy")
     assert package.language_model("llama") is None
+
+
+def test_fork_that_asks_whether_its_tower_comes_later_is_known(fork):
+    assert not fork().may_leave_towers_empty
+    asks = ARCH.replace("        return", '        delay = getattr(self.config, "delay_load", False)')
+    assert fork("watery", more={"model/watery_arch.py": asks}).may_leave_towers_empty
+
+
+def test_whole_model_says_what_its_own_loader_needs(fork, monkeypatch):
+    asks = ARCH.replace("        return", '        delay = getattr(self.config, "delay_load", False)')
+    monkeypatch.setattr(llava_package, "_used", fork(base="Qwen2", more={"model/earthy_arch.py": asks}))
+    of_bare = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 8}
+    told = {"model_type": "earthy", "architectures": ["EarthyQwen2ForCausalLM"], "hidden_size": 8}
+    assert of_a_whole_model(of_bare, has_tower=False) == {**told, "delay_load": True}
+    assert of_a_whole_model({"model_type": "earthy"}, has_tower=True) == {"model_type": "earthy", "delay_load": False}
+    monkeypatch.setattr(llava_package, "_used", fork("watery"))
+    assert of_a_whole_model({"model_type": "watery"}, has_tower=False) == {"model_type": "watery"}
 
 
 def test_what_trains_is_known_by_what_is_run(fork, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_mixlora import MixLoraError
-from llava_mixlora.adapters.stored_weights import StoredWeights
+from llava_mixlora.adapters.stored_weights import StoredWeights, check_folder_is_no_wrapped_model
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 LAYOUTS = [(suffix, shards) for suffix in ("safetensors", "bin") for shards in (1, 2)]
@@ -77,3 +77,19 @@ def test_damaged_index_is_named(tmp_path, content):
 
 def test_folder_without_weights_is_named(tmp_path):
     assert f"{tmp_path} holds no weights" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("suffix, shards", [layout for layout in LAYOUTS if layout != ("bin", 1)])
+def test_model_saved_with_an_adapter_around_its_layers_is_refused(tmp_path, monkeypatch, suffix, shards):
+    write(tmp_path, suffix, shards)
+    check_folder_is_no_wrapped_model(tmp_path)
+    monkeypatch.setitem(TENSORS, "q_proj.base_layer.weight", torch.ones(2))
+    write(tmp_path, suffix, shards)
+    with pytest.raises(MixLoraError, match="1 tensors such as q_proj.base_layer.weight: .*expected a whole model") as e:
+        check_folder_is_no_wrapped_model(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_folder_without_weights_is_not_looked_at(tmp_path):
+    check_folder_is_no_wrapped_model(tmp_path)
+    check_folder_is_no_wrapped_model("owner/name")
