@@ -10,9 +10,10 @@ from typing import Any
 from peft import PeftModel
 
 from llava_mixlora.llava_package import TRAINER, TRAINER_CLASS, part
+from llava_mixlora.training.given_flags import given_flags
 from llava_mixlora.training.routing_callback import add_routing_callback
 from llava_mixlora.training.step_watch import StepWatch
-from llava_mixlora.training.trainable_set import check_trainable
+from llava_mixlora.training.trainable_set import check_trainable, thaw_beside
 
 from .patch import COMPATIBILITY, FAULT, METHOD, Patch
 
@@ -43,7 +44,9 @@ def _check_what_is_trained(original: Callable[..., None]) -> Callable[..., None]
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if isinstance(self.model, PeftModel):
-            check_trainable(self.model)
+            flags = given_flags(sys.argv[1:])
+            thaw_beside(self.model, flags, self.args)
+            check_trainable(self.model, flags)
 
     return __init__
 
