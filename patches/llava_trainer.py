@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
+import dis
 import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
+from transformers import Trainer
 
 from llava_mixlora.llava_package import TRAINER, TRAINER_CLASS, part
 from llava_mixlora.training.given_flags import given_flags
@@ -95,6 +98,23 @@ def _drop_metrics(original: Callable[..., None]) -> Callable[..., None]:
     return _save_checkpoint
 
 
+def _loop_that_can_run(original: Callable[..., Any]) -> Callable[..., Any]:
+    if not _missing_globals(original):
+        return original
+
+    @functools.wraps(original)
+    def _inner_training_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return Trainer._inner_training_loop(self, *args, **kwargs)
+
+    return _inner_training_loop
+
+
+def _missing_globals(function: Callable[..., Any]) -> set[str]:
+    """Names that a function looks up in its module, and that are neither there nor Python's own."""
+    looked_up = {each.argval for each in dis.get_instructions(function) if each.opname == "LOAD_GLOBAL"}
+    return looked_up - set(function.__globals__) - set(vars(builtins))
+
+
 def _separate_router_lr(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def create_optimizer(self: Any, model: Any = None) -> Any:
@@ -150,6 +170,13 @@ PATCHES = (
         why="steps that teach nothing, or whose loss is no number, are taken without a word",
         replace=_watch_steps,
         parameters=("model", "inputs"),
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer._inner_training_loop",
+        kind=FAULT,
+        why="LLaVA-NeXT of 2026 has a copy of Trainer's loop that asks for names that its module lacks, and so trains "
+        "nothing (LLaVA-NeXT#483 #493 #504)",
+        replace=_loop_that_can_run,
     ),
     Patch(
         "llava.train.llava_trainer:LLaVATrainer._get_train_sampler",

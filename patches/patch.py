@@ -21,6 +21,7 @@ from llava_mixlora.llava_version import origin
 METHOD, COMPATIBILITY, FAULT = KINDS = ("method", "compatibility", "upstream fault")
 """What a patch is there for: MixLoRA itself, versions that do not fit together, or something upstream does wrong."""
 MISSING = object()
+ANY_KEYWORD = inspect.Parameter.VAR_KEYWORD
 TRAINING = "llava.train."
 """What of LLaVA only a run that trains needs; its loader is what all others need."""
 
@@ -165,7 +166,10 @@ class Patch:
     def _check_parameters(self, original: Any) -> None:
         if not self.parameters:
             return
-        found = list(inspect.signature(original).parameters)
+        signature = inspect.signature(original)
+        found = list(signature.parameters)
+        if {parameter.kind for parameter in signature.parameters.values() if parameter.name != "self"} == {ANY_KEYWORD}:
+            return  # it hands on what it is given
         missing = [name for name in self.parameters if name not in found]
         if missing:
             raise self._error(f"expected the parameter {missing[0]!r}, found: {', '.join(found) or 'none'}")

@@ -16,7 +16,7 @@ BESIDE = ("mm_projector", "embed_tokens", "lm_head", "modules_to_save")
 
 PARTS, PROJECTOR = "mm_tunable_parts", "mm_mlp_adapter"
 """A flag of LLaVA-NeXT, and the part beside which an adapter is trained."""
-FREEZING = ("tune_mm_mlp_adapter", "tune_mm_vision_resampler", PARTS)
+FREEZING = ("tune_mm_mlp_adapter", "tune_mm_vision_resampler", PARTS, "trainer_mode")
 THAWING = (PARTS, "unfreeze_mm_vision_tower", "unfreeze_language_model")
 
 

@@ -2,13 +2,15 @@
 
 import importlib
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from llava_mixlora.patches import llava_arch, llava_trainer, transformers_auto, transformers_former_names
-from llava_mixlora.patches.patch import Patch
+from llava_mixlora.patches.patch import Patch, PatchError
+from transformers import Trainer
 
 from llava_mixlora import llava_package
 
@@ -202,3 +204,36 @@ def test_tower_that_selects_nothing_gives_its_patches(selects, tokens):
     base = SimpleNamespace(get_vision_tower=lambda: tower, config=SimpleNamespace())
     trainer = SimpleNamespace(model=SimpleNamespace(get_base_model=lambda: base), args=SimpleNamespace(fp16=False))
     assert llava_trainer._step_watch(trainer).image_tokens == tokens
+
+
+class Loops(Trainer):
+    """Copies of the training loop, one of which its module lacks names for."""
+
+    def __init__(self):
+        pass
+
+    def lacks(self, *_, **__):
+        return MAXIMUM_THAT_NO_MODULE_HAS  # noqa: F821
+
+    def whole(self, *_, **__):
+        return len(IDS)
+
+
+def test_loop_that_its_module_lacks_names_for_is_trainers_own(monkeypatch):
+    monkeypatch.setattr(Trainer, "_inner_training_loop", lambda self, *args, **kwargs: (args, kwargs))
+    runs = llava_trainer._loop_that_can_run(Loops.lacks)
+    assert runs(Loops(), 2, args="its") == ((2,), {"args": "its"})
+    for loop in (Loops.whole, Trainer._inner_training_loop):
+        assert llava_trainer._loop_that_can_run(loop) is loop
+
+
+def test_what_takes_any_keyword_and_nothing_else_takes_those_that_a_patch_relies_on(monkeypatch):
+    monkeypatch.setattr(Loops, "__init__", lambda self, **kwargs: None)
+    monkeypatch.setattr(Loops, "lacks", lambda self, given, **kwargs: None)
+    for name, fits in (("__init__", True), ("lacks", False)):
+        patch = Patch(f"{__name__}:Loops.{name}", "method", "of the test", replace=lambda _: 1, parameters=("model",))
+        with (
+            nullcontext() if fits else pytest.raises(PatchError, match="parameter 'model', found: self, given, kwargs")
+        ):
+            patch.apply()
+        patch.undo()
