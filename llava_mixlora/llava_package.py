@@ -124,6 +124,15 @@ class LlavaPackage:
         tree = ast.Module([], []) if module is None else _tree(file_of(module))
         return any(isinstance(node, ast.Constant) and node.value == DELAYED for node in ast.walk(tree))
 
+    @functools.cached_property
+    def takes_several_images(self) -> bool:
+        """Whether its data set takes a list of images in a sample, which it then asks about."""
+        module = next((one.module for one in self._named(DATA_SET) if not one.imported), None)
+        tree = ast.Module([], []) if module is None else _tree(file_of(module))
+        classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == DATA_SET)
+        asked = (node for each in classes for node in ast.walk(each) if isinstance(node, (ast.Compare, ast.Call)))
+        return any(isinstance(part, ast.Name) and part.id == "list" for node in asked for part in _operands(node))
+
     @property
     def trains(self) -> bool:
         """Whether what is to be run trains."""
@@ -404,6 +413,13 @@ def _defined(module: str, tree: ast.Module) -> Iterator[Defined]:
             source = getattr(node, "module", None)
             for alias in node.names:
                 yield Defined(module, alias.asname or alias.name, imported=True, source=f"{source}:{alias.name}")
+
+
+def _operands(node: ast.Compare | ast.Call) -> list[ast.expr]:
+    """What a comparison compares, or what an `isinstance` is given."""
+    if isinstance(node, ast.Compare):
+        return [node.left, *node.comparators]
+    return node.args if isinstance(node.func, ast.Name) and node.func.id == "isinstance" else []
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import MixLoraError
-from .conversations import Sample, Unusable, as_sample
+from .conversations import Sample, Unusable, as_sample, images_of
 from .entries import entries
 from .images import HEADERS, image_problem
 from .token_counts import TokenCounter
@@ -187,7 +187,7 @@ def check_data(
         found.entries += 1
         try:
             sample, repairs = as_sample(entry)
-            if (image := sample.get("image")) is not None:
+            for image in images_of(sample):
                 if image not in looked_at:
                     file = os.path.join(image_folder or "", image)
                     looked_at[image] = problem = image_problem(file, images, padded)
@@ -202,7 +202,7 @@ def check_data(
         for repair in repairs:
             found.repaired.setdefault(repair, Found()).add(number)
         found.numbers.append(number)
-        found.with_images += image is not None
+        found.with_images += "image" in sample
         found.several_turns += len(sample["conversations"]) > 2
         if keep:
             found.samples.append(sample)

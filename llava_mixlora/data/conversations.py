@@ -1,8 +1,9 @@
 """One entry of a data file as a sample of LLaVA's form, or the reason why it cannot be one.
 
 LLaVA's form is `{"image"?: file, "conversations": [{"from": "human" or "gpt", "value": text}, ...]}`, with `<image>`
-once in a question where there is an image. Understood as well: `messages`, `role`/`content` with parts of text, `user`
-and `assistant`, lists of one image, images that are null or empty.
+once in a question where there is an image. Some forks take lists of images, with `<image>` as often. Understood as
+well: `messages`, `role`/`content` with parts of text, `user` and `assistant`, lists of one image, images that are null
+or empty.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MixLoraError
+from ..llava_package import used
 from .entries import entries
 
 IMAGE = "<image>"
@@ -92,7 +94,7 @@ def as_sample(entry: Any) -> tuple[Sample, tuple[str, ...]]:
     elif image is None:
         _check_text_alone(entry, turns)
     else:
-        turns, was_put_in_front = _with_image(turns, asked)
+        turns, was_put_in_front = _with_images(turns, asked, 1 if isinstance(image, str) else len(image))
         repairs += [PUT_IN_FRONT] * was_put_in_front
     if turns is entry.get("conversations") and image == entry.get("image"):
         return entry, ()
@@ -158,15 +160,27 @@ def _check_not_empty(asked: list[dict[str, str]]) -> None:
             raise Unusable(f"{what} is empty", f"{what} is empty; fill it in, or leave the turns out")
 
 
-def _image(entry: Sample) -> str | None:
+def images_of(sample: Sample) -> list[str]:
+    """The names of a sample's images."""
+    image = sample.get("image")
+    return image if isinstance(image, list) else [] if image is None else [image]
+
+
+def _image(entry: Sample) -> str | list[str] | None:
     image = entry.get("image")
     if isinstance(image, list) and len(image) > 1:
+        if used().takes_several_images:
+            return [_name(each) for each in image]
         raise Unusable("several images", f"has {len(image)} images; this LLaVA trains on one image per sample")
     if isinstance(image, list):
         image = image[0] if image else None
-    if image is not None and not isinstance(image, str):
+    return None if image is None or image == "" or not _name(image).strip() else image
+
+
+def _name(image: Any) -> str:
+    if not isinstance(image, str):
         raise Unusable("image is no file name", f"its image is {image!r:.40}; expected the name of a file, or null")
-    return image if image and image.strip() else None
+    return image
 
 
 def _check_text_alone(entry: Sample, turns: list[dict[str, str]]) -> None:
@@ -179,12 +193,17 @@ def _check_text_alone(entry: Sample, turns: list[dict[str, str]]) -> None:
         raise Unusable("<image> without an image", "its text has <image>, but it names no image; name it in 'image'")
 
 
-def _with_image(turns: list[dict[str, str]], asked: list[dict[str, str]]) -> tuple[list[dict[str, str]], bool]:
+def _with_images(
+    turns: list[dict[str, str]], asked: list[dict[str, str]], images: int
+) -> tuple[list[dict[str, str]], bool]:
     marks = [turn["value"].count(IMAGE) for turn in turns]
     total = sum(marks)
-    if total > 1:
-        raise Unusable("more <image> than images", f"its text has {total} <image>, but it names one image")
-    if total and turns[marks.index(1)]["from"] == GPT:
+    if total > images:
+        named = "one image" if images == 1 else f"{images} images"
+        raise Unusable("more <image> than images", f"its text has {total} <image>, but it names {named}")
+    if 0 < total < images:
+        raise Unusable("fewer <image> than images", f"its text has {total} <image>, but it names {images} images")
+    if any(mark and turn["from"] == GPT for mark, turn in zip(marks, turns)):
         raise Unusable("<image> in an answer", "has <image> in an answer; expected it in a question")
     if total:
         return turns, False
@@ -192,5 +211,5 @@ def _with_image(turns: list[dict[str, str]], asked: list[dict[str, str]]) -> tup
         found = next(match[0] for turn in turns if (match := LOOKS_LIKE_IMAGE.search(turn["value"])))
         raise Unusable("mark of the image is not <image>", f"its text has {found}; LLaVA reads {IMAGE} alone")
     first = len(turns) - len(asked)
-    question = {**asked[0], "value": f"{IMAGE}\n{asked[0]['value']}"}
+    question = {**asked[0], "value": images * f"{IMAGE}\n" + asked[0]["value"]}
     return [*turns[:first], question, *turns[first + 1 :]], True

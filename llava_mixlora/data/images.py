@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from ..errors import MixLoraError
 from ..limits import how_to_raise, limits
+from .conversations import images_of
 
 HEADERS, FULL, NONE = CHECKS = ("headers", "full", "none")
 """How far images are checked: headers and ends, every pixel (slow), or not at all."""
@@ -76,10 +77,10 @@ def check_images(samples: Iterable[dict], data_path: str | Path, image_folder: s
     problems: dict[str, str | None] = {}
     unusable = []
     for position, sample in enumerate(samples):
-        name = sample.get("image")
-        if name is not None and name not in problems:
-            problems[name] = image_problem(os.path.join(image_folder, name))
-            unusable += [(position, name)] if problems[name] else []
+        for name in images_of(sample):
+            if name not in problems:
+                problems[name] = image_problem(os.path.join(image_folder, name))
+                unusable += [(position, name)] if problems[name] else []
     if unusable:
         position, name = unusable[0]
         raise MixLoraError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..llava_package import TRAIN, part
 from .answers import answer_mark, answers_alone
-from .conversations import IMAGE, Sample, Unusable
+from .conversations import IMAGE, Sample, Unusable, images_of
 
 WITHOUT_TEMPLATE = ("v0", "v0.5")
 """Values of `--version` with which upstream keeps the template that it has."""
@@ -77,7 +77,7 @@ class TokenCounter:
 
         Told from the tokens of its words, each counted once: a hundred times as fast as preparing it.
         """
-        size = self._overhead + self.image_tokens * ("image" in sample)
+        size = self._overhead + self.image_tokens * len(images_of(sample))
         for turn in sample["conversations"]:
             text = turn["value"]
             if self._stumbling_block.search(text) or (self._has_unknown and not text.isascii()):
@@ -100,7 +100,8 @@ class TokenCounter:
         if supervised:
             return Count(tokens, supervised)
         if tokens > self.limit:
-            image = f", {self.image_tokens} of them of its image" if "image" in sample else ""
+            images = self.image_tokens * len(images_of(sample))
+            image = f", {images} of them of its image" if images else ""
             raise Unusable(
                 "cut off before its answer",
                 f"{tokens} tokens{image}, of which --model_max_length {self.limit} leaves none to learn",

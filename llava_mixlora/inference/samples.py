@@ -24,6 +24,8 @@ from .loading import Loaded
 from .template_samples import TemplateSamples
 
 Batch = dict[str, Any]
+HOW_TO_CUT = ("image_grid_pinpoints", "image_crop_resolution", "image_split_resolution")
+"""What a model's configuration and the arguments of its data say, beside `image_aspect_ratio`, of a fork with tiles."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def training_data(
         arguments = known(data_path=path, image_folder=str(image_folder), is_multimodal=True)
         arguments.image_processor = image_processor
         arguments.image_aspect_ratio = getattr(model.config, "image_aspect_ratio", None) or "square"
+        for name in HOW_TO_CUT:
+            if getattr(model.config, name, None) is not None:
+                setattr(arguments, name, getattr(model.config, name))
         arguments.mm_use_im_start_end = getattr(model.config, "mm_use_im_start_end", False)
         module = part(f"{TRAIN}:make_supervised_data_module")(tokenizer, arguments)
     return module["train_dataset"], module["data_collator"]

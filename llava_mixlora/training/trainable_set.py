@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from ..errors import MixLoraError
 
-BESIDE = ("mm_projector", "embed_tokens", "lm_head", "modules_to_save")
+BESIDE = ("mm_projector", "vision_resampler", "image_newline", "embed_tokens", "lm_head", "modules_to_save")
 """Parts of the names that `get_peft_state_non_lora_maybe_zero_3` stores beside an adapter, and that may be trained."""
 
 PARTS, PROJECTOR = "mm_tunable_parts", "mm_mlp_adapter"

@@ -140,6 +140,16 @@ def test_fork_that_asks_whether_its_tower_comes_later_is_known(fork):
     assert fork("watery", more={"model/watery_arch.py": asks}).may_leave_towers_empty
 
 
+def test_fork_whose_data_set_takes_several_images_is_known(fork):
+    asks = "class LazySupervisedDataset:\n    def __getitem__(self, i):\n        "
+    assert not fork().takes_several_images
+    for name, test in (("watery", "type(i) is list"), ("airy", "isinstance(i, list)")):
+        train = TRAIN.replace("class LazySupervisedDataset: ...", f"{asks}return {test}")
+        assert fork(name, more={"train/train.py": train}).takes_several_images
+    train = TRAIN.replace("class LazySupervisedDataset: ...", f"{asks}return list(i), isinstance(i, int)")
+    assert not fork("fiery", more={"train/train.py": train}).takes_several_images
+
+
 def test_whole_model_says_what_its_own_loader_needs(fork, monkeypatch):
     asks = ARCH.replace("        return", '        delay = getattr(self.config, "delay_load", False)')
     monkeypatch.setattr(llava_package, "_used", fork(base="Qwen2", more={"model/earthy_arch.py": asks}))

@@ -2,15 +2,18 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from llava_mixlora.data import conversations
 from llava_mixlora.data.conversations import (
     CUT_OFF,
     NO_IMAGE,
     PUT_IN_FRONT,
     Unusable,
     as_sample,
+    images_of,
     read_conversations,
 )
 
@@ -167,3 +170,34 @@ def test_a_file_is_read_whole_or_its_first_unusable_entry_is_named(tmp_path):
     assert read_conversations(file) == [good, good]
     file.write_text(json.dumps([good, {"id": 1}, entry("a", "")]))
     assert f"{file}: entry 1: has no usable 'conversations'" in message_of(read_conversations, file)
+
+
+@pytest.fixture
+def several_images(monkeypatch):
+    monkeypatch.setattr(conversations, "used", lambda: SimpleNamespace(takes_several_images=True))
+
+
+def test_several_images_stay_a_list_where_they_are_taken(several_images):
+    entry = {"image": ["a.png", "b.png"], "conversations": turns("<image> or <image>?", "red")}
+    assert as_sample(entry) == (entry, ())
+    assert images_of(entry) == ["a.png", "b.png"] and images_of({"image": "a.png"}) == ["a.png"] and images_of({}) == []
+
+
+def test_several_images_without_a_mark_are_put_in_front(several_images):
+    sample, repairs = as_sample({"image": ["a.png", "b.png"], "conversations": turns("Why?", "red")})
+    assert sample["conversations"][0]["value"] == "<image>\n<image>\nWhy?" and repairs == (PUT_IN_FRONT,)
+
+
+@pytest.mark.parametrize(
+    "question, reason",
+    [("<image>?", "fewer <image> than images"), ("<image><image><image>", "more <image> than images")],
+)
+def test_images_and_marks_that_do_not_match_are_refused(several_images, question, reason):
+    with pytest.raises(Unusable) as error:
+        as_sample({"image": ["a.png", "b.png"], "conversations": turns(question, "red")})
+    assert error.value.reason == reason
+
+
+def test_several_images_are_refused_where_one_is_taken():
+    with pytest.raises(Unusable, match="has 2 images; this LLaVA trains on one"):
+        as_sample({"image": ["a.png", "b.png"], "conversations": turns("<image><image>?", "red")})
