@@ -29,6 +29,15 @@ def _one_quantization_setting(original: Any) -> classmethod:
     return classmethod(from_pretrained)
 
 
+def _into_empty_weights(original: Any) -> classmethod:
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("device_map") is not None and kwargs.get("low_cpu_mem_usage") is False:
+            del kwargs["low_cpu_mem_usage"]
+        return original.__func__(cls, *args, **kwargs)
+
+    return classmethod(from_pretrained)
+
+
 def _load_in_8bit_as_configuration(original: Any) -> classmethod:
     def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         from transformers import BitsAndBytesConfig
@@ -120,6 +129,14 @@ PATCHES = (
         why="LLaVA passes load_in_4bit beside a quantization_config that says the same, which transformers refuses",
         replace=_one_quantization_setting,
         requires={"transformers": ">=4.38"},
+    ),
+    Patch(
+        "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",
+        kind=FAULT,
+        why="LLaVA-NeXT asks for low_cpu_mem_usage=False with --bits 4 too, which transformers refuses beside the "
+        "device_map that it gives then",
+        replace=_into_empty_weights,
+        requires={"transformers": "<5"},
     ),
     Patch(
         "llava.model.language_model.llava_llama:LlavaLlamaForCausalLM.from_pretrained",

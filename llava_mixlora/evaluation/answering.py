@@ -92,9 +92,14 @@ def _prompt_ids(question: str, conversation: str, loaded: Loaded) -> Tensor:
     if getattr(model.config, "mm_use_im_start_end", False):
         image = constants.DEFAULT_IM_START_TOKEN + image + constants.DEFAULT_IM_END_TOKEN
     turns = part(TEMPLATES)[conversation].copy()
+    if hasattr(turns, "tokenizer"):  # of a template in a fork, which asks a tokenizer for it and loses it in a copy
+        turns.tokenizer = tokenizer
     turns.append_message(turns.roles[0], f"{image}\n{question}")
     turns.append_message(turns.roles[1], None)
-    return tokenize(turns.get_prompt(), tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt")
+    ids = tokenize(turns.get_prompt(), tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt")
+    # Such a template begins with the token that the tokenizer puts in front again, and training has once.
+    is_doubled = len(ids) > 1 and tokenizer.bos_token_id is not None and (ids[:2] == tokenizer.bos_token_id).all()
+    return ids[1:] if is_doubled else ids
 
 
 def _pixels(pictures: list[Image.Image], image_processor: Any, model: Any) -> Any:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from llava_mixlora.patches import llava_arch, llava_trainer, transformers_auto, transformers_former_names
+from llava_mixlora.patches import llava_arch, llava_llama, llava_trainer, transformers_auto, transformers_former_names
 from llava_mixlora.patches.patch import Patch, PatchError
 from transformers import Trainer
 
@@ -237,3 +237,14 @@ def test_what_takes_any_keyword_and_nothing_else_takes_those_that_a_patch_relies
         ):
             patch.apply()
         patch.undo()
+
+
+def test_weights_are_not_asked_to_be_made_before_they_are_placed():
+    class Model:
+        @classmethod
+        def from_pretrained(cls, path, **kwargs):
+            return kwargs
+
+    Model.from_pretrained = llava_llama._into_empty_weights(vars(Model)["from_pretrained"])
+    assert Model.from_pretrained("base", device_map="auto", low_cpu_mem_usage=False) == {"device_map": "auto"}
+    assert Model.from_pretrained("base", low_cpu_mem_usage=False) == {"low_cpu_mem_usage": False}
