@@ -248,6 +248,22 @@ def _flash_attention_where_it_runs(original: Callable[..., Loaded]) -> Callable[
     return load_pretrained_model
 
 
+def _where_there_is_a_device(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
+    parameters = inspect.signature(original).parameters
+    if "device" in parameters or "device_map" not in parameters:
+        return original
+
+    @functools.wraps(original)
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> Loaded:
+        ours = {name: kwargs.pop(name) for name in OURS if name in kwargs}
+        given = inspect.signature(original).bind(*args, **kwargs)
+        if "device_map" in given.arguments and not torch.cuda.is_available():
+            given.arguments["device_map"] = "auto"
+        return original(*given.args, **given.kwargs, **ours)
+
+    return load_pretrained_model
+
+
 def _by_model_type(original: Callable[..., Loaded]) -> Callable[..., Loaded]:
     @functools.wraps(original)
     def load_pretrained_model(
@@ -305,6 +321,13 @@ PATCHES = (
         kind=FAULT,
         why="use_flash_attn, which model_worker has a flag for, fails where flash-attn is not installed or sees no GPU",
         replace=_flash_attention_where_it_runs,
+    ),
+    Patch(
+        "llava.model.builder:load_pretrained_model",
+        kind=FAULT,
+        why="without a parameter for the device it moves the vision tower to a GPU, also where there is none, unless "
+        "the device_map is auto",
+        replace=_where_there_is_a_device,
     ),
     Patch(
         "llava.model.builder:load_pretrained_model",

@@ -8,7 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from llava_mixlora.patches import llava_arch, llava_llama, llava_trainer, transformers_auto, transformers_former_names
+from llava_mixlora.patches import (
+    llava_arch,
+    llava_builder,
+    llava_llama,
+    llava_trainer,
+    transformers_auto,
+    transformers_former_names,
+)
 from llava_mixlora.patches.patch import Patch, PatchError
 from transformers import Trainer
 
@@ -248,3 +255,18 @@ def test_weights_are_not_asked_to_be_made_before_they_are_placed():
     Model.from_pretrained = llava_llama._into_empty_weights(vars(Model)["from_pretrained"])
     assert Model.from_pretrained("base", device_map="auto", low_cpu_mem_usage=False) == {"device_map": "auto"}
     assert Model.from_pretrained("base", low_cpu_mem_usage=False) == {"low_cpu_mem_usage": False}
+
+
+def test_model_goes_to_the_device_that_there_is(monkeypatch):
+    def of_next(model_path, model_base, model_name, device_map="auto", **kwargs):
+        return device_map, kwargs
+
+    def of_llava(model_path, model_base, model_name, device_map="auto", device="cuda"):
+        return device_map
+
+    load = llava_builder._where_there_is_a_device(of_next)
+    for has_gpu, expected in ((False, "auto"), (True, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        assert load("a", None, "b", device_map="cpu", choices=1) == (expected, {"choices": 1})
+        assert load("a", None, "b")[0] == "auto"
+    assert llava_builder._where_there_is_a_device(of_llava) is of_llava
