@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from llava_mixlora.data.images import open_image
 from llava_mixlora.errors import MixLoraError
+from llava_mixlora.llava_package import TRAIN, used
 from llava_mixlora.training.run_data import agree
 from llava_mixlora.training.task_labels import LABEL, TaskLabels
 from llava_mixlora.training.turns import counts_turns_alone
@@ -71,6 +73,31 @@ def _know_legacy(original: Callable[..., Any]) -> Callable[..., Any]:
     return preprocess_v1
 
 
+def _with_two_marks(original: Callable[..., Any]) -> Callable[..., Any]:
+    if not used().places(f"{TRAIN}:preprocess_qwen"):
+        return original
+    copies: dict[int, tuple[Any, Any]] = {}
+
+    @functools.wraps(original)
+    def preprocess(sources: Any, tokenizer: Any, *args: Any, **kwargs: Any) -> Any:
+        further = getattr(tokenizer, "additional_special_tokens", None) or []
+        if len(further) > len(MARKS) and set(MARKS) <= set(further):
+            if id(tokenizer) not in copies:
+                copied = copy.deepcopy(tokenizer)
+                copied.additional_special_tokens = [*MARKS]
+                copies[id(tokenizer)] = tokenizer, copied  # while it is kept, no other has its id
+            copied = copies[id(tokenizer)][1]
+            copied.model_max_length = tokenizer.model_max_length
+            tokenizer = copied
+        return original(sources, tokenizer, *args, **kwargs)
+
+    return preprocess
+
+
+MARKS = "<|im_start|>", "<|im_end|>"
+"""Of Qwen's template."""
+
+
 def _prepare_for_routers(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def make_supervised_data_module(*args: Any, **kwargs: Any) -> Any:
@@ -119,6 +146,13 @@ PATCHES = (
         replace=_know_legacy,
         parameters=("sources", "tokenizer"),
         requires={"transformers": ">=5"},
+    ),
+    Patch(
+        "llava.train.train:preprocess",
+        kind=FAULT,
+        why="LLaVA-NeXT takes all further special tokens of a Qwen for the two of its template, and Qwen2.5 has more",
+        replace=_with_two_marks,
+        parameters=("sources", "tokenizer"),
     ),
     Patch(
         "llava.train.train:make_supervised_data_module",

@@ -16,7 +16,7 @@ from ..data.check import MAX_LOST_SHARE, DataCheck, check_data
 from ..data.images import CHECKS, HEADERS, NONE
 from ..data.token_counts import WITHOUT_TEMPLATE, TokenCounter
 from ..errors import MixLoraError
-from ..llava_package import ORIGINAL, part, used
+from ..llava_package import part
 from .given_flags import is_true
 
 UPSTREAM_DEFAULTS = {"version": "v0", "model_max_length": "512", "mm_vision_select_feature": "patch"}
@@ -121,15 +121,8 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
     """
     model, tower = flags.get("model_name_or_path"), flags.get("vision_tower")
     known = {**UPSTREAM_DEFAULTS, **flags}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model,
-            cache_dir=flags.get("cache_dir"),
-            model_max_length=int(known["model_max_length"]),
-            padding_side="right",
-            use_fast=False,
-        )
-    except Exception:  # a model of the hub that cannot be had: the run itself says why
+    tokenizer = _tokenizer(model, flags.get("cache_dir"), known["model_max_length"])
+    if tokenizer is None:
         return None
     config = tower_config(tower, flags.get("cache_dir"))
     if tower and config is None:
@@ -138,9 +131,7 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     version, marks_ends = known["version"], is_true(flags, "mm_use_im_start_end")
     if version not in WITHOUT_TEMPLATE or version == "v0.5":
-        # Where a tokenizer has none, LLaVA is left without padding, and a fork of another name keeps the tokenizer's.
-        of_fork = tokenizer.pad_token if used().name != ORIGINAL else None
-        tokenizer.pad_token = tokenizer.unk_token or of_fork
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token
     elif tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if marks_ends:
@@ -149,3 +140,15 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
         tokenizer.add_tokens(marks, special_tokens=True)
     image_tokens = config.image_tokens(known["mm_vision_select_feature"]) if config else 1
     return TokenCounter(tokenizer, version, image_tokens, marks_ends)
+
+
+def _tokenizer(model: str | None, cache_dir: str | None, limit: str) -> Any:
+    """As upstream loads it; the fast one where that alone is there, as for many a Qwen2; None where none can be had."""
+    for options in ({"use_fast": False}, {}):
+        try:
+            return AutoTokenizer.from_pretrained(
+                model, cache_dir=cache_dir, model_max_length=int(limit), padding_side="right", **options
+            )
+        except Exception:  # a model of the hub that cannot be had: the run itself says why
+            continue
+    return None

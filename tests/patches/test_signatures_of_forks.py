@@ -8,18 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Trainer
+
+from llava_mixlora import llava_package
 from llava_mixlora.patches import (
     llava_arch,
     llava_builder,
     llava_llama,
+    llava_train_data,
     llava_trainer,
     transformers_auto,
     transformers_former_names,
 )
 from llava_mixlora.patches.patch import Patch, PatchError
-from transformers import Trainer
-
-from llava_mixlora import llava_package
 
 pytestmark = pytest.mark.one_stack
 IDS, MASK = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)
@@ -270,3 +271,19 @@ def test_model_goes_to_the_device_that_there_is(monkeypatch):
         assert load("a", None, "b", device_map="cpu", choices=1) == (expected, {"choices": 1})
         assert load("a", None, "b")[0] == "auto"
     assert llava_builder._where_there_is_a_device(of_llava) is of_llava
+
+
+def test_tokenizer_with_more_special_tokens_is_given_with_those_of_the_template(monkeypatch):
+    def preprocess(sources, tokenizer, has_image=False):
+        start, end = tokenizer.additional_special_tokens
+        return start, end, tokenizer.model_max_length
+
+    package = SimpleNamespace(places=lambda part: (part,))
+    monkeypatch.setattr(llava_train_data, "used", lambda: package)
+    prepare, (start, end) = llava_train_data._with_two_marks(preprocess), llava_train_data.MARKS
+    more = SimpleNamespace(additional_special_tokens=[start, end, "<|box|>"], model_max_length=8)
+    assert prepare([], more) == (start, end, 8)
+    more.model_max_length = 9
+    assert prepare([], more, has_image=True) == (start, end, 9) and len(more.additional_special_tokens) == 3
+    package.places = lambda part: ()
+    assert llava_train_data._with_two_marks(preprocess) is preprocess
