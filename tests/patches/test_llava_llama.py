@@ -3,9 +3,8 @@
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
-
 from llava_mixlora.patches.llava_llama import _placed_with_little_memory, _with_the_last_token_alone
+from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from ..tiny import quantizes_on_cpu
 

@@ -8,9 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer
-
-from llava_mixlora import llava_package
 from llava_mixlora.patches import (
     llava_arch,
     llava_builder,
@@ -21,6 +18,9 @@ from llava_mixlora.patches import (
     transformers_former_names,
 )
 from llava_mixlora.patches.patch import Patch, PatchError
+from transformers import Trainer
+
+from llava_mixlora import llava_package
 
 pytestmark = pytest.mark.one_stack
 IDS, MASK = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool)

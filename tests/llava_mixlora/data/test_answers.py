@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from llava_mixlora.data import answers
 from llava_mixlora.data.answers import answer_mark, answers_alone
 
