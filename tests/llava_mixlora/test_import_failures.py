@@ -100,9 +100,9 @@ def test_cause_that_an_import_on_demand_wraps_is_told_alone(package, kind):
 def test_name_that_is_nowhere_ends_a_program_of_the_package_in_one_line(package):
     package(train="def train():\n    return math.pi")
     train = importlib.import_module("airy.train").train
-    with pytest.raises(MixLoraError, match=r"NameError: name 'math' .*airy/train.py, line 2\); .* mend that line"):
-        with told_in_one_line():
-            train()
+    told = r"NameError: name 'math' .*airy/train.py, line 2\); .* mend that line"
+    with pytest.raises(MixLoraError, match=told), told_in_one_line():
+        train()
 
 
 def test_loader_is_told_with_what_it_hides_first_and_its_own_words_last(package):
@@ -128,7 +128,7 @@ def test_words_of_a_library_are_not_replaced_by_what_it_has_caught_itself(packag
         try:
             {}["cache"]
         except KeyError:
-            raise OSError("no such model")
+            raise OSError("no such model")  # noqa: B904 - as libraries do
     except OSError as error:
         assert first_cause(error, llava_package.used()) == "OSError: no such model"
 
