@@ -16,7 +16,7 @@ from ..data.check import MAX_LOST_SHARE, DataCheck, check_data
 from ..data.images import CHECKS, HEADERS, NONE
 from ..data.token_counts import WITHOUT_TEMPLATE, TokenCounter
 from ..errors import MixLoraError
-from ..llava_package import part
+from ..llava_package import TRAIN, file_of, part, used
 from .given_flags import is_true
 
 UPSTREAM_DEFAULTS = {"version": "v0", "model_max_length": "512", "mm_vision_select_feature": "patch"}
@@ -131,7 +131,7 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     version, marks_ends = known["version"], is_true(flags, "mm_use_im_start_end")
     if version not in WITHOUT_TEMPLATE or version == "v0.5":
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token
+        tokenizer.pad_token = tokenizer.unk_token or (tokenizer.pad_token if _keeps_padding() else None)
     elif tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if marks_ends:
@@ -140,6 +140,16 @@ def token_counter(flags: Mapping[str, str]) -> TokenCounter | None:
         tokenizer.add_tokens(marks, special_tokens=True)
     image_tokens = config.image_tokens(known["mm_vision_select_feature"]) if config else 1
     return TokenCounter(tokenizer, version, image_tokens, marks_ends)
+
+
+def _keeps_padding() -> bool:
+    """Whether the LLaVA that is used leaves a tokenizer without an unknown token the padding that it has.
+
+    LLaVA itself takes it away, and its training ends there.
+    """
+    module = used().module(TRAIN)
+    file = None if module is None else file_of(module)
+    return file is not None and "unk_token is not None" in file.read_text(encoding="utf-8")
 
 
 def _tokenizer(model: str | None, cache_dir: str | None, limit: str) -> Any:

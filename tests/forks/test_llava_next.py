@@ -56,7 +56,11 @@ def bare_qwen2(place, _):
         QUESTIONS * 20, trainers.BpeTrainer(vocab_size=300, initial_alphabet=letters, special_tokens=special)
     )
     tokenizer.save(str(place / "tokenizer.json"))
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "additional_special_tokens": ["<|im_start|>"]}
+    names = {
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+    }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 256, **names}
     (place / "tokenizer_config.json").write_text(json.dumps(config))
 

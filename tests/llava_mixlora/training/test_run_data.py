@@ -122,7 +122,9 @@ def test_held_out_data_is_checked_like_that_of_training(flags, tmp_path):
 
 
 @pytest.mark.parametrize("package, padding", [("llava", None), ("earthy", "</s>")])
-def test_a_forks_tokenizer_without_an_unknown_token_keeps_its_padding(flags, monkeypatch, package, padding):
+def test_tokenizer_without_an_unknown_token_keeps_its_padding_where_a_fork_asks_for_one(
+    flags, monkeypatch, tmp_path, package, padding
+):
     from llava_mixlora.training import run_data
 
     class Tokenizers:
@@ -133,5 +135,10 @@ def test_a_forks_tokenizer_without_an_unknown_token_keeps_its_padding(flags, mon
             return tokenizer
 
     monkeypatch.setattr(run_data, "AutoTokenizer", Tokenizers)
+    (tmp_path / "earthy" / "train").mkdir(parents=True)
+    (tmp_path / "earthy" / "train" / "train.py").write_text(
+        "class TrainingArguments: ...\ndef train():\n    if tokenizer.unk_token is not None: ..."
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(run_data, "used", lambda: llava_package.LlavaPackage(package))
     assert token_counter(flags).tokenizer.pad_token == padding
