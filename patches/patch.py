@@ -48,7 +48,8 @@ class Patch:
             than one place for language models.
         kind: of [`KINDS`].
         why: one sentence for the reader, and for the error when the target is gone.
-        replace: makes the replacement from the original; gets None when `adds` is set.
+        replace: makes the replacement from the original, or gives it back where there is nothing to mend; gets None when
+            `adds` is set.
         parameters: names that the target must take, since the patch relies on them; it may take others.
         requires: package versions that need the patch, such as `{"transformers": ">=5"}`; elsewhere it is skipped.
         adds: the symbol does not exist there (it has moved or was dropped) and the patch puts it back.
@@ -132,8 +133,11 @@ class Patch:
             expected = "to be missing" if self.adds else "to exist"
             raise self._error(f"expected it {expected}")
         self._check_parameters(original)
+        replacement = self.replace(None if self.adds else original)
+        if replacement is original:  # there is nothing to mend in this LLaVA
+            return
         own = vars(owner).get(name, MISSING)  # an inherited attribute is shadowed here, and uncovered by undo()
-        setattr(owner, name, self.replace(None if self.adds else original))
+        setattr(owner, name, replacement)
         self._undo.append(lambda: delattr(owner, name) if own is MISSING else setattr(owner, name, own))
 
     def undo(self) -> None:
