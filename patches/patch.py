@@ -48,8 +48,8 @@ class Patch:
             than one place for language models.
         kind: of [`KINDS`].
         why: one sentence for the reader, and for the error when the target is gone.
-        replace: makes the replacement from the original, or gives it back where there is nothing to mend; gets None when
-            `adds` is set.
+        replace: makes the replacement from the original, or gives that back where there is nothing to mend; gets None
+            when `adds` is set.
         parameters: names that the target must take, since the patch relies on them; it may take others.
         requires: package versions that need the patch, such as `{"transformers": ">=5"}`; elsewhere it is skipped.
         adds: the symbol does not exist there (it has moved or was dropped) and the patch puts it back.

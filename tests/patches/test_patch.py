@@ -59,10 +59,16 @@ def test_patch_replaces_a_function_and_undo_restores_that_very_function(upstream
 
 def test_applying_twice_wraps_once(upstream):
     calls = []
-    patch = patch_of("function", replace=lambda original: calls.append(original) or original)
+    patch = patch_of("function", replace=lambda original: calls.append(original) or loudly(original))
     patch.apply()
     patch.apply()
     assert len(calls) == 1
+
+
+def test_symbol_with_nothing_to_mend_is_left_alone(upstream):
+    original, patch = upstream.function, patch_of("function", replace=lambda original: original)
+    patch.apply()
+    assert upstream.function is original and not patch.applied and patch.problem is None
 
 
 def test_undo_without_apply_does_nothing(upstream):
