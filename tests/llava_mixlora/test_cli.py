@@ -16,7 +16,9 @@ import sys
 import llava.train.train, peft, transformers.trainer
 from llava_mixlora import patches
 assert __name__ == "__main__"
-assert all(patch.applied for patch in patches.PATCHES if patch.needed and not patch.program)
+left = [patch for patch in patches.PATCHES if patch.needed and not patch.program and not patch.applied]
+assert all(patch.kind == "upstream fault" and patch.problem is None for patch in left), left
+assert len(left) < 5  # what LLaVA itself does right
 assert hasattr(llava.train.train.TrainingArguments, "mixlora_config")
 import beside
 print("ARGUMENTS", sys.argv)
