@@ -33,8 +33,8 @@ STACKS: tuple[Stack, ...] = (
         "constraints-transformers-4.57.txt",
         {"transformers": "4.57.6", "peft": "0.21.2", "accelerate": "1.15.0", **COMMON},
     ),
-    Stack(
-        "transformers 4.40, LLaVA-NeXT's",
+    Stack(  # LLaVA-NeXT's
+        "transformers 4.40",
         "constraints-transformers-4.40.txt",
         {"transformers": "4.40.2", "peft": "0.13.2", "accelerate": "0.29.3", **COMMON},
     ),
