@@ -112,6 +112,7 @@ class Patch:
         """Put the replacement in place, if it is needed and not there yet."""
         if self.applied or not self.needed:
             return
+        self.problem = None  # it may have been another LLaVA's
         problems = [] if self.places else [self._error("expected it to exist")]
         for place in self.places:
             try:

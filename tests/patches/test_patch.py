@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from llava_mixlora.patches import Patch, PatchError
 
-from llava_mixlora import MixLoraError, patches
+from llava_mixlora import MixLoraError, llava_package, patches
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +69,17 @@ def test_symbol_with_nothing_to_mend_is_left_alone(upstream):
     original, patch = upstream.function, patch_of("function", replace=lambda original: original)
     patch.apply()
     assert upstream.function is original and not patch.applied and patch.problem is None
+
+
+def test_what_does_not_fit_one_llava_is_not_said_of_the_next(monkeypatch, patched):
+    there = "llava.model.builder:load_pretrained_model"
+    patch = Patch(there, kind="upstream fault", why="the test says so", replace=lambda original: original)
+    monkeypatch.setattr(llava_package, "_used", llava_package.LlavaPackage("not_installed"))
+    patch.apply()
+    assert "expected it to exist" in patch.problem
+    monkeypatch.undo()
+    patch.apply()
+    assert patch.problem is None
 
 
 def test_undo_without_apply_does_nothing(upstream):
