@@ -44,22 +44,20 @@ def answer(
     Raises:
         MixLoraError: there is no such template, or an image is damaged.
     """
-    tokenizer, model, image_processor = loaded
-    takes_sizes = "image_sizes" in _parameters_of_generate(model)
-    padding, padded = tokenizer.pad_token_id or 0, getattr(model.config, "image_aspect_ratio", None) == "pad"
+    tokenizer, model, _ = loaded
+    padded = getattr(model.config, "image_aspect_ratio", None) == "pad"
     batches = [questions[start : start + batch_size] for start in range(0, len(questions), batch_size)]
     for batch in tqdm(batches, desc="Answering", unit="batch", disable=not progress):
-        input_ids, attention_mask = _left_padded([_prompt_ids(q.prompt, conversation, loaded) for q in batch], padding)
         pictures = [open_image(question.image, padded) for question in batch]
+        inputs = inputs_of(loaded, [question.prompt for question in batch], pictures, conversation)
+        input_ids = inputs.pop("input_ids")
         with torch.inference_mode():
             output = model.generate(
-                input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
-                images=_pixels(pictures, image_processor, model),
-                **({"image_sizes": [picture.size for picture in pictures]} if takes_sizes else {}),
+                input_ids,
+                **inputs,
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
-                pad_token_id=padding,
+                pad_token_id=tokenizer.pad_token_id or 0,
             )
         if len(output) != len(batch):
             raise MixLoraError(
@@ -72,17 +70,37 @@ def answer(
         yield batch, [text.strip() for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
-def _parameters_of_generate(model: Any) -> set[str]:
-    """What images are given with: LLaVA's own generate() takes it, or, where it has none, its forward()."""
+def inputs_of(
+    loaded: Loaded, questions: Sequence[str], pictures: list[Image.Image], conversation: str
+) -> dict[str, Any]:
+    """What the model takes of B questions, each about its picture, on its device.
+
+    Returns:
+        `input_ids` int64 [B, S] and `attention_mask` bool [B, S], padded on the left; `images`, and `image_sizes` if it
+        takes them.
+    """
+    tokenizer, model, image_processor = loaded
+    rows = [_prompt_ids(question, conversation, loaded) for question in questions]
+    input_ids, attention_mask = left_padded(rows, tokenizer.pad_token_id or 0)
+    return {
+        "input_ids": input_ids.to(model.device),
+        "attention_mask": attention_mask.to(model.device),
+        "images": pixels_of(pictures, image_processor, model),
+        **({"image_sizes": [picture.size for picture in pictures]} if takes_image_sizes(model) else {}),
+    }
+
+
+def takes_image_sizes(model: Any) -> bool:
+    """Whether images are given with their sizes: to LLaVA's own generate() or, where it has none, to its forward()."""
     llava = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {*inspect.signature(llava.generate).parameters, *inspect.signature(llava.forward).parameters}
+    return any("image_sizes" in inspect.signature(method).parameters for method in (llava.generate, llava.forward))
 
 
-def check_conversation(name: str) -> None:
+def check_conversation(name: str, flag: str = "--conv-mode") -> None:
     """Refuse a conversation template that upstream does not have."""
     conv_templates = part(TEMPLATES)
     if name not in conv_templates:
-        raise MixLoraError(f"--conv-mode {name}: no such template; expected one of {', '.join(conv_templates)}")
+        raise MixLoraError(f"{flag} {name}: no such template; expected one of {', '.join(conv_templates)}")
 
 
 def _prompt_ids(question: str, conversation: str, loaded: Loaded) -> Tensor:
@@ -102,14 +120,16 @@ def _prompt_ids(question: str, conversation: str, loaded: Loaded) -> Tensor:
     return ids[1:] if is_doubled else ids
 
 
-def _pixels(pictures: list[Image.Image], image_processor: Any, model: Any) -> Any:
+def pixels_of(pictures: list[Image.Image], image_processor: Any, model: Any) -> Any:
+    """What the model sees of pictures: a tensor [B, 3, height, width], or a list of tiles if their numbers differ."""
     pixels = part("llava.mm_utils:process_images")(pictures, image_processor, model.config)
     if isinstance(pixels, list):  # of several tiles each, whose numbers differ
         return [tiles.to(model.device, model.dtype) for tiles in pixels]
     return pixels.to(model.device, model.dtype)
 
 
-def _left_padded(rows: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:
+def left_padded(rows: Sequence[Tensor], padding: int) -> tuple[Tensor, Tensor]:
+    """Token ids as int64 [B, S] with `padding` on the left, and bool [B, S], False there."""
     reverse = [row.flip(0) for row in rows]
     input_ids = torch.nn.utils.rnn.pad_sequence(reverse, batch_first=True, padding_value=padding).flip(1)
     lengths = torch.tensor([len(row) for row in reverse])

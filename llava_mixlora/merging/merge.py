@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,20 +20,18 @@ from ..adapters.adapter_folder import (
     INPUT_EMBEDDINGS,
     TOKENIZER_FILES,
     read_config,
-    write_non_lora_trainables,
 )
-from ..adapters.adapter_record import RECORD, read_record
-from ..adapters.base_check import check_base, record_of_merged
+from ..adapters.adapter_record import read_record
+from ..adapters.base_check import record_of_merged
 from ..adapters.config_file import absolute
-from ..adapters.its_llava import use_its_llava
 from ..adapters.llava_config import of_a_whole_model, read_llava_config
 from ..adapters.loader_branch import branch_of
 from ..adapters.loader_names import misleading
 from ..adapters.model_choices import AS_NAMED, ModelChoices
-from ..adapters.model_folders import base_folder, check_output, check_room, new_folder
+from ..adapters.model_folders import new_folder
 from ..adapters.model_places import base_model_of
 from ..adapters.shards import write_shards
-from ..adapters.stored_weights import StoredWeights, check_is_no_wrapped_model, weight_files
+from ..adapters.stored_weights import StoredWeights
 from ..data.kept_calibration import KEPT, SAMPLES
 from ..errors import MixLoraError
 from ..inference.conversation import conversation_of
@@ -45,18 +41,18 @@ from ..inputs import positive, read_json
 from ..llava_package import ORIGINAL, part, used
 from ..method.tensor_names import PEFT_PREFIX
 from ..own_files import copy_own
-from ..writing import save_tensors
 from .distillation import STEPS
 from .fidelity import LARGEST_KL, REPORT, Fidelity
+from .fit import FLAG, check_fits, check_merge
+from .for_prompt import export_lora_for_prompt
+from .lora_folder import write_lora
 from .stand_in import METHODS, TEMPLATE, source_of_kept, static_updates
 from .static_adapter import SavedAdapter, StaticUpdates
 
-FLAG = "--save-model-path"
 MADE_FROM = (
     f"It is made from {KEPT}, the samples that the run has kept beside the adapter, or from --calibration DATA; where "
     "there are neither, from the statistics of training."
 )
-BESIDE_THE_WEIGHTS = 64 << 20  # bytes: tokenizer, configuration and report, generously
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +79,12 @@ def add_export_lora(parser: argparse.ArgumentParser) -> None:
         "example: llava-mixlora export-lora --model-path output/llava-mixlora --save-model-path llava-exported-lora"
     )
     _add_arguments(parser)
+    parser.add_argument(
+        "--for-prompt",
+        nargs=2,
+        metavar=("IMAGE", "QUESTION"),
+        help="instead: the exact LoRA, of rank r, of this question about this image, and of its answer",
+    )
     parser.set_defaults(command=_export_lora)
 
 
@@ -149,9 +151,28 @@ def _name_for_its_loader(model_type: str | None) -> str | None:
 
 
 def _export_lora(given: argparse.Namespace) -> None:
-    export_lora(given.model_path, given.model_base, given.save_model_path, **_options(given))
-    print(f"Wrote {given.save_model_path}, with {REPORT}. It is a LoRA for the same base.")
+    if given.for_prompt is None:
+        export_lora(given.model_path, given.model_base, given.save_model_path, **_options(given))
+        print(f"Wrote {given.save_model_path}, with {REPORT}. It is a LoRA for the same base.")
+    else:
+        _export_lora_for_prompt(given)
     print("llava-mixlora export-hf makes it one of transformers' own LLaVA, as vLLM wants.")
+
+
+def _export_lora_for_prompt(given: argparse.Namespace) -> None:
+    of_all = {"--method": given.method, "--calibration": given.calibration, "--task": given.task}
+    if of_others := [f"{flag} {value}" for flag, value in of_all.items() if value is not None]:
+        raise MixLoraError(
+            f"--for-prompt with {of_others[0]}: the LoRA of one prompt is exact, so it is made from no data and by no "
+            "method; leave one of them out"
+        )
+    image, question = given.for_prompt
+    if given.image_folder is not None:
+        image = str(Path(given.image_folder) / image)
+    export_lora_for_prompt(
+        given.model_path, given.model_base, given.save_model_path, image, question, given.version, choices_of(given)
+    )
+    print(f"Wrote {given.save_model_path}, a LoRA for the same base: exact for this prompt and its answer, no other.")
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
@@ -257,33 +278,6 @@ def _judged(
     return updates[fidelity.method], fidelity
 
 
-def check_merge(
-    adapter: SavedAdapter,
-    model_base: str | None,
-    output: Path,
-    choices: ModelChoices = AS_NAMED,
-    copies_base: bool = True,
-) -> Path:
-    """What can be known to fail before anything is computed; returns the folder of the base.
-
-    Raises:
-        MixLoraError: `output` is there, the base is missing, quantized or another one than the adapter's, or the disk
-            has no room for the result.
-    """
-    check_output(FLAG, output)
-    use_its_llava(adapter.folder)
-    base = base_folder(base_model_of(adapter.folder, model_base))
-    stored = StoredWeights(base)
-    check_is_no_wrapped_model(base, stored)
-    for name, layer in adapter.items():
-        _check_fits(f"{name}.weight", [layer.factors_B.shape[1], layer.factors_A.shape[1]], stored, base)
-    check_base(adapter.folder, str(base), choices.allow_other_base)
-    size = 2 * sum(tensor.nbytes for tensor in adapter.beside.values())  # in two forms beside a LoRA
-    size += sum(file.stat().st_size for file in weight_files(base)) if copies_base else 0
-    check_room(FLAG, output, size + BESIDE_THE_WEIGHTS)
-    return base
-
-
 def write_merged(
     adapter: SavedAdapter, base: Path, updates: StaticUpdates, folder: Path, vision_tower: str | None = None
 ) -> None:
@@ -298,7 +292,7 @@ def write_merged(
     added = adapter.beside
     stored = StoredWeights(base)
     for name, tensor in replaced.items():
-        _check_fits(name, list(tensor.shape), stored, base)
+        check_fits(name, list(tensor.shape), stored, base)
     contents = read_llava_config(adapter.folder) or read_json(base / "config.json")
     contents.pop("quantization_config", None)  # what is written here is not quantized
     if vision_tower is not None:
@@ -312,50 +306,6 @@ def write_merged(
             shutil.copyfile(base / name, folder / name)
     write_shards(_merged_tensors(stored, updates, {**replaced, **added}), folder)
     record_of_merged(adapter.folder, str(base)).save(folder)
-
-
-def write_lora(adapter: SavedAdapter, base: str, updates: StaticUpdates, folder: Path) -> None:
-    """Write a LoRA adapter of PEFT into `folder`, with LLaVA's files beside it; its scaling is 1."""
-    config = adapter.config
-    E = config.num_factors
-    tensors = {name: tensor.contiguous() for name, tensor in adapter.further_tensors().items()}
-    for layer, (down, up) in updates.items():
-        tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = down.contiguous()
-        tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = up.contiguous()
-    LoraConfig(
-        r=E,
-        lora_alpha=E,
-        lora_dropout=0.0,
-        bias={"mixlora_only": "lora_only"}.get(config.bias, config.bias),
-        target_modules=sorted(updates),  # in full: PEFT 0.13 and those before it know no exclude_modules
-        modules_to_save=config.modules_to_save,
-        task_type=config.task_type,
-        base_model_name_or_path=base,
-        inference_mode=True,
-    ).save_pretrained(str(folder))
-    save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME)
-    if adapter.beside:  # written anew: what has been read holds no code
-        named = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.beside.items()}
-        write_non_lora_trainables(folder, named)
-    if (contents := read_llava_config(adapter.folder)) is not None:
-        (folder / "config.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    for name in (RECORD, *(TOKENIZER_FILES if INPUT_EMBEDDINGS in adapter.beside else ())):
-        copy_own(adapter.folder, name, folder)
-
-
-def _check_fits(name: str, expected: list[int], stored: StoredWeights, base: Path) -> None:
-    tensor = stored.get(name)
-    found = "absent" if tensor is None else list(tensor.shape)
-    if tensor is not None and not tensor.is_floating_point():
-        raise MixLoraError(
-            f"{base}: its {name} is stored as {tensor.dtype}, so the base is quantized; pass the 16-bit base as "
-            "--model-base"
-        )
-    if found != expected:
-        raise MixLoraError(
-            f"the adapter is for another base: it changes {name} of shape {expected}, which is {found} in {base}; pass "
-            "the --model-base that its training started from"
-        )
 
 
 def _name_in_base(name: str) -> str:

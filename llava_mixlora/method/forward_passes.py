@@ -19,7 +19,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,14 +132,16 @@ def use_scope(scope: RoutingScope | None) -> Iterator[None]:
 
 
 @contextmanager
-def generation(prompt_length: int | None = None) -> Iterator[None]:
+def generation(prompt_length: int | None = None) -> Iterator[Callable[[], HeldRoutes]]:
     """Run the body as one generation: routes that its first forward computes hold for all its forwards.
 
-    `prompt_length`: how many tokens were given; what a first forward pass has beyond them was drafted.
+    `prompt_length`: how many tokens were given; what a first forward pass has beyond them was drafted. What the body
+    gets tells the routes that are held so far.
     """
-    outer, _state.generation = _state.generation, _Generation(prompt_length)
+    running = _Generation(prompt_length)
+    outer, _state.generation = _state.generation, running
     try:
-        yield
+        yield lambda: running.routes
     finally:
         _state.generation = outer
 

@@ -307,8 +307,7 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
             route = self._route(x, adapter, scope, given, segments)
             self.last_routes[adapter] = route.detach()
             dtype = torch.promote_types(self.mixlora_A[adapter].dtype, x.dtype)
-            make = gates if settings.pairing == "same" else core
-            result = make(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)
+            result = self.core_of(route, adapter, dtype)
             if self.training and scope is not None and scope.trains and self._has_router_loss(adapter):
                 result = self._with_router_loss(result, route, adapter, scope, again)
         if holds:
@@ -370,6 +369,13 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
             settings.r,
             partial(self._conditional_scores, adapter) if settings.routing == "ifs_cfs" else None,
         )
+
+    def core_of(self, route: Route, adapter: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The cores [B, E, E] of a route or, with `pairing="same"`, its gates [B, E]."""
+        settings = self.settings[adapter]
+        make = gates if settings.pairing == "same" else core
+        dtype = self.mixlora_A[adapter].dtype if dtype is None else dtype
+        return make(route, settings.num_factors, settings.scaling, settings.straight_through, dtype)
 
     def _pooled_words(self, x: Tensor, adapter: str, scope: RoutingScope | None, segments: Segments | None) -> Tensor:
         """u of the instances of x, or of their segments, [B or G, d_model].

@@ -23,6 +23,7 @@ from .lora_only import OfLoraModels
 from .mixture import Route
 from .offloading import bring_back, device_of_adapter
 from .other_llava import says_of
+from .prompt_lora import PromptLora, lora_of_core
 from .registration import BaseTuner, BaseTunerLayer
 from .shared_sums import follow_loading, has_counted
 from .stored_tensors import Widths, check_finite, check_known, check_tensors, forms_of, named
@@ -78,7 +79,7 @@ class MixLoraModel(OfLoraModels, BaseTuner):
         """The routes that prompts will take, without running the model: `router_input="words"` knows them beforehand.
 
         Prompts of one route are served by one plain LoRA of rank r, so this tells which may share it. `input_ids` int64
-        [B, S], `attention_mask` [B, S], zero at padding; image tokens of transformers' own models are left out.
+        [B, S], `attention_mask` [B, S], zero at padding; tokens that stand for images are left out, LLaVA's -200 too.
 
         Raises:
             MixLoraError: the adapter's routers see hidden states, or a prompt has no text.
@@ -89,6 +90,10 @@ class MixLoraModel(OfLoraModels, BaseTuner):
                 f"adapter {adapter_name!r} routes by hidden states, which only running the model makes; expected "
                 "router_input='words'"
             )
+        if (input_ids < 0).any():
+            is_word = input_ids >= 0
+            attention_mask = is_word if attention_mask is None else is_word & (attention_mask != 0)
+            input_ids = input_ids.clamp(min=0)
         scope = forward_passes.scope_of_prompts(self.model, input_ids, attention_mask)
         scope.see_words(self.model.get_input_embeddings()(input_ids))
         words = scope.words(adapter_name, config.router_scope)
@@ -98,6 +103,87 @@ class MixLoraModel(OfLoraModels, BaseTuner):
             for name, module in self.model.named_modules()
             if isinstance(module, MixLoraLayer) and adapter_name in module.mixlora_A
         }
+
+    def lora_of_prompt(self, adapter_name: str = "default", **inputs: Any) -> PromptLora:
+        """The update of one prompt as a plain LoRA of rank r (see [`PromptLora`]); exact for the prompt and its answer.
+
+        Arguments and errors are those of [`loras_of_prompts`], of a batch of one.
+        """
+        loras = self.loras_of_prompts(adapter_name, **inputs)
+        if len(loras) != 1:
+            raise MixLoraError(f"lora_of_prompt: got {len(loras)} prompts; expected one, or call loras_of_prompts")
+        return loras[0]
+
+    @torch.no_grad()
+    def loras_of_prompts(self, adapter_name: str = "default", **inputs: Any) -> list[PromptLora]:
+        """The update of each prompt of a batch as a plain LoRA of rank r, from one forward pass of the prompts.
+
+        With `router_input="words"` nothing is run where the `inputs` are `input_ids` and `attention_mask` alone (see
+        [`routes_of_words`]): pictures change no route then, so leave them out.
+
+        Args:
+            adapter_name: of a MIXLORA adapter of this model.
+            inputs: what the model's forward takes of B prompts, without labels.
+
+        Returns:
+            For each prompt by layer name (as the base model knows it) A' [r, d_in] and B' [d_out, r].
+
+        Raises:
+            MixLoraError: there is no such adapter, the model is in training mode, the adapter routes each step anew
+                (`decode_routing="step"`), or a conversation's questions have routes of their own.
+        """
+        self._check_has_loras(adapter_name)
+        given = {name for name, value in inputs.items() if value is not None}
+        if self.peft_config[adapter_name].router_input == "words" and given <= {"input_ids", "attention_mask"}:
+            cores, prompts = self._cores_of_words(adapter_name, **inputs), len(inputs["input_ids"])
+        else:
+            cores, prompts = self._cores_of_prefill(adapter_name, inputs)
+        layers = adapted_layers(self.model, adapter_name)
+        return [
+            {name: lora_of_core(layer, adapter_name, cores[name][prompt]) for name, layer in layers.items()}
+            for prompt in range(prompts)
+        ]
+
+    def _check_has_loras(self, adapter_name: str) -> None:
+        self._check_adapter_names([adapter_name])
+        if adapter_name == BASE_MODEL:
+            raise MixLoraError(
+                f"{BASE_MODEL} is the model without an adapter; expected one of {', '.join(self.peft_config)}"
+            )
+        if self.peft_config[adapter_name].decode_routing != "prefill":
+            raise MixLoraError(
+                f"adapter {adapter_name!r} routes every step of a generation anew (decode_routing='step'), so no one "
+                "LoRA is its update of a prompt; only decode_routing='prefill' has that"
+            )
+
+    def _cores_of_words(self, adapter_name: str, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        layers = adapted_layers(self.model, adapter_name)
+        return {
+            name: layers[name].core_of(route, adapter_name)
+            for name, route in self.routes_of_words(input_ids, attention_mask, adapter_name).items()
+        }
+
+    def _cores_of_prefill(self, adapter_name: str, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+        prompts = len(next(value for name in ("inputs_embeds", "input_ids") if (value := inputs.get(name)) is not None))
+        with (
+            forward_passes.named_adapters(self.model, [adapter_name] * prompts),
+            forward_passes.generation() as held,
+        ):
+            self.model(**inputs)
+        routes = held()
+        layers = adapted_layers(self.model, adapter_name)
+        found = {name: routes.cores.get((layer.identity, adapter_name)) for name, layer in layers.items()}
+        if missing := [name for name, core in found.items() if core is None]:
+            raise MixLoraError(
+                f"{missing[0]} was not run on the prompt's sequence, as {len(missing)} of {len(layers)} layers were "
+                "not, so its update of this prompt is not known; adapt the language model's layers alone"
+            )
+        if any(len(core) != prompts for core in found.values()):
+            raise MixLoraError(
+                "the questions of a conversation have routes of their own, so no one LoRA is its update; expected "
+                "prompts of one question each"
+            )
+        return found, prompts
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
