@@ -34,6 +34,7 @@ COMMANDS = {
         "native.import_hf:add_import_hf",
         "turn an adapter of transformers' own LLaVA into one of upstream's",
     ),
+    "serve": ("serving.serve:add_serve", "serve adapters and models over OpenAI's interface"),
     "eval": ("evaluation.evaluate:add_eval", "answer the questions of a benchmark, and score the answers"),
     "interference": (
         "analysis.interference:add_interference",

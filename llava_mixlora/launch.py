@@ -129,6 +129,7 @@ def _patched_module(path: Path) -> ModuleType | None:
 
 
 def _check_installed(name: str) -> None:
+    patches.check_gradio(name)
     package = name.partition(".")[0]
     if package == "lmms_eval" and importlib.util.find_spec(package) is None:
         raise MixLoraError(f"-m {name}: lmms-eval is not installed here; run: pip install lmms-eval")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
@@ -34,15 +35,26 @@ def open_image(path: str | Path, padded: bool = False) -> Image.Image:
     """
     if problem := _problem_of_file(path):
         raise MixLoraError(f"{path}: {problem}")
+    return _pixels(path, padded, str(path))
+
+
+def image_of_bytes(content: bytes, padded: bool, name: str) -> Image.Image:
+    """As [`open_image`], of a file's content; errors call it `name`."""
+    if len(content) > (most := limits().image_bytes):
+        raise MixLoraError(f"{name}: {len(content):,} bytes, more than {most:,}; scale it down")
+    return _pixels(io.BytesIO(content), padded, name)
+
+
+def _pixels(file: str | Path | io.BytesIO, padded: bool, name: str) -> Image.Image:
     try:
-        with _opened(path) as image:
+        with _opened(file) as image:
             if problem := _problem_of_header(image, padded):
-                raise MixLoraError(f"{path}: {problem}")
+                raise MixLoraError(f"{name}: {problem}")
             return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except MixLoraError:
         raise
     except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, ValueError and others for damage
-        raise MixLoraError(f"{path}: {_damage(error)}") from error
+        raise MixLoraError(f"{name}: {_damage(error)}") from error
 
 
 def image_problem(path: str | Path, check: str = HEADERS, padded: bool = False) -> str | None:
@@ -104,7 +116,7 @@ def _problem_of_file(path: str | Path) -> str | None:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def _opened(path: str | Path | io.BytesIO) -> Iterator[Image.Image]:
     """An image whose pixels are not read yet; [`_problem_of_header`] refuses what Pillow would warn of."""
     if Image.MAX_IMAGE_PIXELS is not None and limits().image_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = limits().image_pixels  # Pillow refuses twice that by itself

@@ -26,6 +26,7 @@ TESTED_BY = {
     "bash scripts/test_peft.sh": "scripts/test.sh",
     "bash scripts/test_patches.sh": "tests/without_patches.py",
     "bash scripts/test_frameworks.sh": "tests/end_to_end/test_frameworks.py",
+    "bash scripts/test_vllm.sh": "tests/end_to_end/test_serve_vllm.py",
     "python -m playground.plain_peft": "tests/playground/test_plain_peft.py",
     "python -m playground.recipes.beside_upstream": "tests/end_to_end/test_recipes.py",
     "python -m playground.recipes.trl_dpo": "tests/end_to_end/test_recipes.py",

@@ -24,6 +24,7 @@ ORDER = (
     "merging",
     "native",
     "analysis",
+    "serving",
     "diagnosis",
     ROOF,
 )

@@ -1,0 +1,1 @@
+"""`llava-mixlora serve`: models with their adapters, asked as OpenAI's interface asks."""
