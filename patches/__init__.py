@@ -11,6 +11,7 @@ from . import (
     llava_arch,
     llava_builder,
     llava_cli,
+    llava_gradio_web_server,
     llava_llama,
     llava_mm_utils,
     llava_model_worker,
@@ -63,7 +64,9 @@ PATCHES: tuple[Patch, ...] = (
 OF_THE_METHOD: tuple[Patch, ...] = (*peft_save_and_load.PATCHES, *transformers_peft_statistics.PATCHES)
 """Those that `import llava_mixlora` applies, with LLaVA or without."""
 
-__all__ = ["KINDS", "OF_THE_METHOD", "PATCHES", "Patch", "PatchError", "apply", "undo"]
+check_gradio = llava_gradio_web_server.check_gradio
+
+__all__ = ["KINDS", "OF_THE_METHOD", "PATCHES", "Patch", "PatchError", "apply", "check_gradio", "undo"]
 
 
 def apply(program: str | None = None) -> None:
