@@ -22,7 +22,9 @@ source scripts/packages_in.sh
 if [[ "${1:-}" != "--quick" ]]; then
     packages_in .stacks/trl-0.24 \
         trl==0.24.0 transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2 datasets==3.6.0
-    packages_in .stacks/browser playwright==1.65.2 pyee==13.0.1 greenlet==3.5.6
+    if command -v chromium chromium-browser google-chrome > /dev/null; then
+        packages_in .stacks/browser playwright==1.65.2 pyee==13.0.1 greenlet==3.5.6
+    fi
     for version in 0.14.0 0.17.1 0.18.1 0.20.0; do
         packages_in ".stacks/peft-$version" "peft==$version"
     done
