@@ -104,17 +104,33 @@ def check_conversation(name: str, flag: str = "--conv-mode") -> None:
 
 
 def _prompt_ids(question: str, conversation: str, loaded: Loaded) -> Tensor:
-    tokenizer, model, _ = loaded
-    constants, tokenize = part("llava.constants"), part("llava.mm_utils:tokenizer_image_token")
-    image = constants.DEFAULT_IMAGE_TOKEN
-    if getattr(model.config, "mm_use_im_start_end", False):
-        image = constants.DEFAULT_IM_START_TOKEN + image + constants.DEFAULT_IM_END_TOKEN
+    turns = template_for(conversation, loaded)
+    turns.append_message(turns.roles[0], f"{image_mark(loaded)}\n{question}")
+    turns.append_message(turns.roles[1], None)
+    return ids_of(turns.get_prompt(), loaded)
+
+
+def image_mark(loaded: Loaded) -> str:
+    """What stands in a prompt for a picture."""
+    constants = part("llava.constants")
+    if getattr(loaded[1].config, "mm_use_im_start_end", False):
+        return constants.DEFAULT_IM_START_TOKEN + constants.DEFAULT_IMAGE_TOKEN + constants.DEFAULT_IM_END_TOKEN
+    return constants.DEFAULT_IMAGE_TOKEN
+
+
+def template_for(conversation: str, loaded: Loaded) -> Any:
+    """A conversation template by upstream's name, for messages to be appended."""
     turns = part(TEMPLATES)[conversation].copy()
     if hasattr(turns, "tokenizer"):  # of a template in a fork, which asks a tokenizer for it and loses it in a copy
-        turns.tokenizer = tokenizer
-    turns.append_message(turns.roles[0], f"{image}\n{question}")
-    turns.append_message(turns.roles[1], None)
-    ids = tokenize(turns.get_prompt(), tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt")
+        turns.tokenizer = loaded[0]
+    return turns
+
+
+def ids_of(prompt: str, loaded: Loaded) -> Tensor:
+    """Token ids of a prompt as int64 [S], upstream's number for an image (-200) among them."""
+    tokenizer = loaded[0]
+    constants, tokenize = part("llava.constants"), part("llava.mm_utils:tokenizer_image_token")
+    ids = tokenize(prompt, tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt")
     # Such a template begins with the token that the tokenizer puts in front again, and training has once.
     is_doubled = len(ids) > 1 and tokenizer.bos_token_id is not None and (ids[:2] == tokenizer.bos_token_id).all()
     return ids[1:] if is_doubled else ids

@@ -1,7 +1,8 @@
 """The engine in this process: upstream's own model, several prompts at a time.
 
-A batch is whatever waits when the last one is done. All questions of a batch are drawn alike, so greedy ones, which
-are most, go together; whichever adapter of a model they are for, or none.
+A batch is whatever waits when the last one is done, or a moment later: clients that have got their answers ask again.
+All questions of a batch are drawn alike, so greedy ones, which are most, go together; whichever adapter of a model they
+are for, or none.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,9 @@ from .chat import ChatRequest, Sampling
 from .engine import Piece, Routes, Usage
 from .prompts import Prompt, Prompts, inputs_of
 from .request_error import RequestError
+
+MOMENT = 0.1
+"""The share of the time that the last batch took for which the next one waits to become as large."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class InProcess:
         self._changed = threading.Condition()
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._asking, self._begins_by = 0, 0.0
 
     async def start(self) -> None:
         """Begin to answer."""
@@ -115,21 +121,25 @@ class InProcess:
 
     def _work(self) -> None:
         while batch := self._next_batch():
+            began, self._asking = time.monotonic(), len(batch) + len(self._waiting)
             try:
                 self._answer(batch)
             except Exception as error:
                 what = str(error).splitlines()[0] if str(error) else type(error).__name__
                 for job in batch:
                     job.tell(RequestError(f"the answer could not be generated ({what[:300]})", status=500))
+            ended = time.monotonic()
+            self._begins_by = ended + MOMENT * (ended - began)
 
     def _next_batch(self) -> list[_Job]:
         """Those that wait longest and go together; none when all is over."""
         with self._changed:
             while True:
                 self._waiting = deque(job for job in self._waiting if not job.gone.is_set())
-                if self._waiting or self._closed:
+                left = self._begins_by - time.monotonic()
+                if self._closed or (self._waiting and (left <= 0 or len(self._waiting) >= self._most_at_a_time())):
                     break
-                self._changed.wait()
+                self._changed.wait(left if self._waiting else None)
             if self._closed:
                 return []
             first, batch, others = self._waiting.popleft(), [], deque()
@@ -140,6 +150,10 @@ class InProcess:
                 (batch if takes else others).append(job)
             self._waiting = others
             return batch
+
+    def _most_at_a_time(self) -> int:
+        """As many as the next batch can be expected to have."""
+        return min(self._asking, self.batch_size)
 
     def _answer(self, batch: list[_Job]) -> None:
         prompts, sampling = batch[0].served.prompts, batch[0].sampling

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.chat_prompt import answered_tokens
-from ..evaluation.answering import left_padded, pixels_of, takes_image_sizes
+from ..evaluation.answering import ids_of, image_mark, left_padded, pixels_of, takes_image_sizes, template_for
 from ..inference.loading import Loaded
 from ..llava_package import part
 from .answer_text import byte_tokens
@@ -63,17 +63,15 @@ class Prompts:
         Raises:
             RequestError: it has pictures, and the model sees none.
         """
-        tokenizer, model, _ = self.loaded
         pictures = tuple(picture for message in messages for picture in message.pictures)
         if pictures and self._image_processor is None:
             raise RequestError("the model sees no images; send text alone", "messages")
-        text, constants = self._text(messages), part("llava.constants")
-        tokenize = part("llava.mm_utils:tokenizer_image_token")
-        ids = tokenize(text, tokenizer, constants.IMAGE_TOKEN_INDEX, return_tensors="pt")
+        text = self._text(messages)
+        ids = ids_of(text, self.loaded)
         features = self._features() if pictures else 0
         has_answers = any(message.role == "assistant" for message in messages)
-        answered = answered_tokens(text, tokenizer) if has_answers else None
-        answered = None if answered is None else answered[0]
+        answered = answered_tokens(text, self.loaded[0]) if has_answers else None
+        answered = None if answered is None else answered[0][-len(ids) :]
         questions = sum(message.role == "user" for message in messages)
         return Prompt(ids, pictures, answered, len(ids) + len(pictures) * (features - 1), questions)
 
@@ -87,17 +85,13 @@ class Prompts:
         return Image.fromarray(np.rint(pixels).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
     def _text(self, messages: Sequence[Message]) -> str:
-        constants = part("llava.constants")
-        image = constants.DEFAULT_IMAGE_TOKEN
-        if getattr(self.loaded[1].config, "mm_use_im_start_end", False):
-            image = constants.DEFAULT_IM_START_TOKEN + image + constants.DEFAULT_IM_END_TOKEN
-        template = part("llava.conversation:conv_templates")[self.conversation].copy()
+        template = template_for(self.conversation, self.loaded)
         for message in messages:
             if message.role == "system":
                 template.system = message.text
             else:
                 role = template.roles[message.role == "assistant"]
-                template.append_message(role, f"{image}\n" * len(message.pictures) + message.text)
+                template.append_message(role, f"{image_mark(self.loaded)}\n" * len(message.pictures) + message.text)
         template.append_message(template.roles[1], None)
         return template.get_prompt()
 

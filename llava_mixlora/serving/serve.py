@@ -24,6 +24,8 @@ from .served_models import NamedModel, load_served, named_models
 KEY_VARIABLE = "LLAVA_MIXLORA_API_KEY"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "::1")
 NEEDED = ("starlette", "uvicorn")
+KEEP_ALIVE = 60
+"""Seconds for which an idle connection is kept: OpenAI's client keeps it for five, and would meet one that closes."""
 IN_PROCESS, VLLM = "transformers", "vllm"
 
 
@@ -156,7 +158,8 @@ def _run(app: Any, listening: socket.socket, names: str, host: str) -> None:
                 place = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
                 print(f"Serving {names} at {place}/v1 (a page to try them: {place}; Ctrl-C ends it)", flush=True)
 
-    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, timeout_keep_alive=KEEP_ALIVE)
+    server = Server(config)
     server.run(sockets=[listening])
     if not server.started:  # what the engine has said of it stands in the log
         raise MixLoraError("the server did not start; see above")
@@ -189,7 +192,8 @@ def _listen(host: str, port: int) -> socket.socket:
     """A socket that listens, before anything takes time."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
+        # With its protocol named asyncio sends at once; pieces of a stream would wait for clients to confirm others.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(1024)
