@@ -19,6 +19,7 @@ from .inference.program_arguments import program_arguments
 from .limits import FLAG, raise_limits
 from .llava_package import file_of, llavas_beside, look_here, package_of_program, use, used
 from .llava_version import hidden_copies, of_copies, origin
+from .serving.upstreams_page import check_gradio
 
 SERVERS = ("llava.serve.controller", "llava.serve.model_worker")
 
@@ -129,7 +130,7 @@ def _patched_module(path: Path) -> ModuleType | None:
 
 
 def _check_installed(name: str) -> None:
-    patches.check_gradio(name)
+    check_gradio(name)
     package = name.partition(".")[0]
     if package == "lmms_eval" and importlib.util.find_spec(package) is None:
         raise MixLoraError(f"-m {name}: lmms-eval is not installed here; run: pip install lmms-eval")

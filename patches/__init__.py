@@ -11,7 +11,7 @@ from . import (
     llava_arch,
     llava_builder,
     llava_cli,
-    llava_gradio_web_server,
+    llava_controller,
     llava_llama,
     llava_mm_utils,
     llava_model_worker,
@@ -54,6 +54,7 @@ PATCHES: tuple[Patch, ...] = (
     *llava_train_saving.PATCHES,
     *llava_cli.PATCHES,
     *llava_model_worker.PATCHES,
+    *llava_controller.PATCHES,
     *peft_peft_model.PATCHES,
     *transformers_config.PATCHES,
     *transformers_code.PATCHES,
@@ -64,9 +65,7 @@ PATCHES: tuple[Patch, ...] = (
 OF_THE_METHOD: tuple[Patch, ...] = (*peft_save_and_load.PATCHES, *transformers_peft_statistics.PATCHES)
 """Those that `import llava_mixlora` applies, with LLaVA or without."""
 
-check_gradio = llava_gradio_web_server.check_gradio
-
-__all__ = ["KINDS", "OF_THE_METHOD", "PATCHES", "Patch", "PatchError", "apply", "check_gradio", "undo"]
+__all__ = ["KINDS", "OF_THE_METHOD", "PATCHES", "Patch", "PatchError", "apply", "undo"]
 
 
 def apply(program: str | None = None) -> None:

@@ -9,6 +9,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 from llava_mixlora.data.chat_prompt import noting_prompts, routed_by_turns
@@ -18,6 +19,8 @@ from llava_mixlora.llava_package import part
 from .patch import FAULT, METHOD, Patch
 
 MODULE = "llava.serve.model_worker"
+LAST_SECONDS = 5
+"""For answers under way when the worker is told to end."""
 
 
 class ClientGoneError(Exception):
@@ -112,6 +115,21 @@ def _release_in_the_event_loop(original: Callable[..., None]) -> Callable[..., A
     return release_model_semaphore
 
 
+def end_soon(original: Any) -> Any:
+    """Make of the name `uvicorn` in a server's module one that gives answers [`LAST_SECONDS`] when it has to end."""
+    return SimpleNamespace(run=functools.partial(original.run, timeout_graceful_shutdown=LAST_SECONDS))
+
+
+def in_the_background(original: Callable[..., None]) -> Callable[..., None]:
+    """Make of what a thread runs for ever something that does not keep the process alive."""
+
+    @functools.wraps(original)
+    def begin(*args: Any) -> None:
+        threading.Thread(target=original, args=args, daemon=True).start()
+
+    return begin
+
+
 def _beat_aside(original: Callable[[Any], None]) -> Callable[[Any], None]:
     wanted, starting = threading.Event(), threading.Lock()
     beating: list[threading.Thread] = []
@@ -188,6 +206,20 @@ PATCHES = (
         kind=FAULT,
         why="every request tells the controller first, and while that does not answer the worker would answer nobody",
         replace=_beat_aside,
+        program=True,
+    ),
+    Patch(
+        f"{MODULE}:heart_beat_worker",
+        kind=FAULT,
+        why="its thread never ends, and Ctrl-C waits for it",
+        replace=in_the_background,
+        program=True,
+    ),
+    Patch(
+        f"{MODULE}:uvicorn",
+        kind=FAULT,
+        why="Ctrl-C waits for every answer that is under way, and for clients that have stopped reading theirs",
+        replace=end_soon,
         program=True,
     ),
 )

@@ -3,6 +3,7 @@
 import ast
 import base64
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -48,9 +49,9 @@ class Servers:
             words = [sys.executable, "-m", "llava_mixlora", "run", "-m", f"llava.serve.{program}", *flags]
             return subprocess.Popen(words, cwd=self.place, env=environment(), stdout=out, stderr=subprocess.STDOUT)
 
-    def stop(self, name):
+    def stop(self, name, how=signal.SIGTERM):
         process = self.processes.pop(name)
-        process.terminate()
+        process.send_signal(how)
         assert process.wait(20) is not None
 
     def printed(self, program):
@@ -224,9 +225,12 @@ def test_worker_answers_a_conversation_as_the_chat_does(servers, chat):
         assert answered.removeprefix(turn["prompt"]).strip() == turn["outputs"]
 
 
-def test_servers_end_when_they_are_told_to(servers):
-    for name in list(servers.processes):
-        servers.stop(name)
+def test_servers_end_when_they_are_told_to_while_an_answer_is_under_way_too(servers):
+    request = {**servers.request(0), "max_new_tokens": 200, "stop": "never said"}
+    with servers.post(request, stream=True) as answer:
+        next(answer.iter_content(16))
+        servers.stop("model_worker", signal.SIGINT)  # Ctrl-C
+    servers.stop("controller", signal.SIGINT)
 
 
 # --- llava.serve.cli

@@ -297,4 +297,5 @@ def test_versions_are_compared_in_patches_and_registration_alone():
     compares = re.compile(r"\bVersion\(|SpecifierSet|version(__|\([^()]*\))\s*([<>=!]=|[<>])|parse_version")
     places = [*ROOT.glob("llava_mixlora/**/*.py"), *ROOT.glob("playground/**/*.py"), *ROOT.glob("scripts/*.sh")]
     found = {file.name for file in places if compares.search(file.read_text(encoding="utf-8"))}
-    assert len(places) > 50 and found == {"registration.py"}
+    # A program of upstream's that today's gradio has outgrown is refused, for which nothing is patched.
+    assert len(places) > 50 and found == {"registration.py", "upstreams_page.py"}

@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from llava_mixlora.launch import run
+from llava_mixlora.serving import upstreams_page
 
-from ..tiny import message_of
+from ...tiny import message_of
 
 PAGE = "llava.serve.gradio_web_server"
 
@@ -34,20 +35,16 @@ def test_page_is_refused_on_a_gradio_that_takes_no_pairs_and_ours_is_named(gradi
 
 
 def test_page_without_gradio_names_ours(monkeypatch):
-    from llava_mixlora.patches import llava_gradio_web_server
-
     def missing(name):
-        raise llava_gradio_web_server.PackageNotFoundError(name)
+        raise upstreams_page.PackageNotFoundError(name)
 
-    monkeypatch.setattr(llava_gradio_web_server, "version", missing)
+    monkeypatch.setattr(upstreams_page, "version", missing)
     message = message_of(run, PAGE, [], as_module=True)
     assert "gradio is not installed here" in message and "`llava-mixlora serve ADAPTER`" in message
 
 
 def test_older_gradio_is_left_to_the_page_and_other_programs_to_themselves(gradio):
-    from llava_mixlora.patches.llava_gradio_web_server import check_gradio
-
     gradio("5.50.0")
-    check_gradio(PAGE)
+    upstreams_page.check_gradio(PAGE)
     gradio("6.31.0")
-    check_gradio("llava.serve.cli")
+    upstreams_page.check_gradio("llava.serve.cli")

@@ -1,4 +1,4 @@
-"""`llava.serve.gradio_web_server`: LLaVA's web page, which is not patched but refused where it cannot answer.
+"""`llava.serve.gradio_web_server`: LLaVA's own web page, which is refused where it cannot answer.
 
 It hands gradio pairs of a question and an answer. gradio 6 takes messages with a role and nothing else, so that the
 page would start, take a question and show "Error"; and each gradio since 4 has taken away more of what it uses.
@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-from llava_mixlora.errors import MixLoraError
+from ..errors import MixLoraError
 
 MODULE = "llava.serve.gradio_web_server"
 TAKES_NO_PAIRS = Version("6")
