@@ -102,7 +102,7 @@ class InProcess:
         """See [`Engine`]."""
         served = self.served[request.model]
         prompt = await asyncio.to_thread(served.prompts.prompt, request.messages)
-        most = _longest_answer(prompt, request.max_tokens, self.longest, served.prompts.context)
+        most = longest_answer(prompt, request.max_tokens, self.longest, served.prompts.context)
         loop = asyncio.get_running_loop()
         job = _Job(served, prompt, request.sampling, most, request.stop, request.wants_routes, loop)
         with self._changed:
@@ -197,7 +197,18 @@ def _routes_of(batch: Sequence[_Job], number: int) -> Routes | None:
     return found
 
 
-def _longest_answer(prompt: Prompt, asked: int | None, otherwise: int, context: int | None) -> int:
+def longest_answer(prompt: Prompt, asked: int | None, otherwise: int, context: int | None) -> int:
+    """Tokens that an answer may have.
+
+    Args:
+        prompt: what is answered.
+        asked: by the request; None where it says nothing.
+        otherwise: of a request that says nothing, as far as they fit.
+        context: tokens of a prompt and its answer; None where nothing bounds them.
+
+    Raises:
+        RequestError: they do not fit.
+    """
     if context is None:
         return asked or otherwise
     left = context - prompt.length

@@ -71,7 +71,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         default=IN_PROCESS,
         metavar="ENGINE",
         help=f"{IN_PROCESS}: in this process (default); {VLLM}: starts vLLM's own server; http://HOST:PORT: a vLLM "
-        "that runs, with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, on this machine",
+        "that runs, with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and can read --lora-folder",
     )
     parser.add_argument(
         "--engine-python",
@@ -87,6 +87,11 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         metavar="FLAGS",
         default="",
         help="further flags of vLLM's server in one text, such as '--tensor-parallel-size 2'",
+    )
+    parser.add_argument(
+        "--lora-folder",
+        metavar="DIR",
+        help="where vLLM is given the LoRAs of prompts: one that all its machines have (default: memory, /dev/shm)",
     )
     add_model_flags(parser)
     parser.set_defaults(command=_serve)
@@ -137,12 +142,20 @@ def _engine(models: Sequence[NamedModel], given: argparse.Namespace, stack: cont
         url=None if given.engine == VLLM else given.engine.rstrip("/").removesuffix("/v1"),
         python=given.engine_python,
         folder=given.engine_model,
-        flags=shlex.split(given.engine_flags),
+        lora_folder=given.lora_folder,
+        flags=_flags(given.engine_flags),
         at_a_time=given.batch_size,
         longest=given.max_tokens,
         images=given.max_images,
     )
     return vllm_engine(models, given.model_base, given.version, choices, options, stack)
+
+
+def _flags(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise MixLoraError(f"--engine-flags {text}: not the words of a command line ({error})") from None
 
 
 def _run(app: Any, listening: socket.socket, names: str, host: str) -> None:

@@ -17,9 +17,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save
 from torch import Tensor
 
+from ..errors import MixLoraError
 from ..method.tensor_names import PEFT_PREFIX
 
 IN_MEMORY = Path("/dev/shm")
+FLAG = "--lora-folder"
 
 
 class Keeper:
@@ -49,17 +51,28 @@ class Shelf:
     Args:
         keeper: clears it up.
         place: where it is made; in memory where that can be.
+
+    Raises:
+        MixLoraError: it cannot be made there.
     """
 
     def __init__(self, keeper: Keeper, place: Path | None = None) -> None:
         can_write = IN_MEMORY.is_dir() and os.access(IN_MEMORY, os.W_OK)
         place = place or (IN_MEMORY if can_write else None)
-        self.folder = Path(tempfile.mkdtemp(prefix="llava-mixlora-", dir=place))  # for this user alone
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="llava-mixlora-", dir=place))  # for this user alone
+        except OSError as error:
+            raise MixLoraError(
+                f"{FLAG} {place}: nothing can be written there ({error.strerror}); name another"
+            ) from None
         keeper.say(f"keep {self.folder}")
 
-    def put(self, lora: Mapping[str, tuple[Tensor, Tensor]]) -> Path:
-        """Write a LoRA, by the names of the model that takes it, to a folder of a unique name: engines cache by it."""
-        folder = self.folder / f"prompt-{uuid.uuid4().hex}"
+    def new(self) -> Path:
+        """Where a LoRA may be written: a folder of a unique name, as engines cache by it."""
+        return self.folder / f"prompt-{uuid.uuid4().hex}"
+
+    def put(self, folder: Path, lora: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Write a LoRA, by the names of the model that takes it."""
         ranks = {name: len(down) for name, (down, _) in lora.items()}
         rank = max(ranks.values())
         others = {name: of_layer for name, of_layer in ranks.items() if of_layer != rank}
@@ -82,7 +95,6 @@ class Shelf:
         folder.mkdir(mode=0o700)
         (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
         (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(save(tensors))
-        return folder
 
     def take_away(self, folder: Path) -> None:
         """Remove a LoRA."""

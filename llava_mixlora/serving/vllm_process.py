@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import os
 import secrets
-import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 
 from ..errors import MixLoraError
+from .keeper import end_group
 from .request_error import RequestError
 from .shelf import Keeper
 
@@ -55,6 +56,7 @@ class VllmProcess:
         self._begin()
         if not await self._comes_up():
             self._end()
+            self.keeper.say(f"drop {self.log.parent}")  # it is to be read
             last = " | ".join(self._last_lines())
             raise MixLoraError(f"vLLM did not start ({self.python} -m {SERVER}); its log {self.log} ends with: {last}")
         self._watch = asyncio.create_task(self._keep_alive())
@@ -92,13 +94,10 @@ class VllmProcess:
         process = self._process
         if process is None:
             return
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, how)  # its workers too, which outlive it
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-                if how == signal.SIGTERM:
-                    continue
+        ending = threading.Thread(target=end_group, args=(process.pid,))  # its workers too, which outlive it
+        ending.start()
+        process.wait()  # until it is waited for, it is one of the group
+        ending.join()
         self.keeper.say(f"drop-group {process.pid}")
         self._process = None
 
@@ -114,19 +113,22 @@ class VllmProcess:
         return False
 
     async def _keep_alive(self) -> None:
-        brief = 0
+        brief, began = 0, time.monotonic()
         while True:
-            began = time.monotonic()
             while self._process.poll() is None:
                 await asyncio.sleep(0.2)
             self.problem = f"it ended with status {self._process.returncode}, and is starting again"
             await asyncio.to_thread(self._end)
             brief = brief + 1 if time.monotonic() - began < BRIEF else 0
+            while brief < MOST_BRIEF:
+                self._begin()
+                if await self._comes_up():
+                    break
+                await asyncio.to_thread(self._end)
+                brief += 1
             if brief >= MOST_BRIEF:
                 break
-            self._begin()
-            if not await self._comes_up():
-                break
+            began = time.monotonic()
         self.problem = f"it does not start again; see {self.log}"
 
     def _last_lines(self) -> list[str]:

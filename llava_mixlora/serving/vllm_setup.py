@@ -35,6 +35,18 @@ KEY_VARIABLE = "LLAVA_MIXLORA_ENGINE_KEY"
 MADE_OF = "made_of.json"
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM takes."""
+OURS = ("--host", "--port", "--uds", "--api-key", "--model", "--root-path", "--ssl-keyfile", "--ssl-certfile")
+"""vLLM's flags that are known here."""
+APART = {
+    "--api-server-count": "1",
+    "-asc": "1",
+    "--headless": None,
+    "--data-parallel-rank": None,
+    "--data-parallel-external-lb": None,
+    "--data-parallel-hybrid-lb": None,
+    "--data-parallel-multi-port-external-lb": None,
+}
+"""Those that begin several API servers, or none, and the value that does not."""
 CPU_FLAGS = ("--enforce-eager", "--dtype", "float32")
 """Without a GPU: nothing is compiled, and answers are those of the models in this process."""
 
@@ -44,12 +56,14 @@ class EngineOptions:
     """What the command says of the engine.
 
     `url`: of a vLLM that runs; None for one of ours, of the environment of `python`, with further `flags`. `folder`:
-    for what vLLM loads. `at_a_time`: requests; `longest`: tokens of an answer; `images`: in a conversation.
+    for what vLLM loads; `lora_folder`: for the LoRAs of prompts, in memory where it is None. `at_a_time`: requests;
+    `longest`: tokens of an answer; `images`: in a conversation.
     """
 
     url: str | None
     python: str
     folder: str | None
+    lora_folder: str | None
     flags: Sequence[str]
     at_a_time: int
     longest: int
@@ -77,6 +91,7 @@ def vllm_engine(
         raise MixLoraError(
             f"{whole.path} is a whole model: a vLLM serves one, and adapters of one; serve it by a server of its own"
         )
+    check_flags(options.flags, options.url)
     if options.url is None:
         _check_vllm(options.python)
     served = dict(load_served(adapters, model_base, 16, version, choices))
@@ -84,7 +99,7 @@ def vllm_engine(
     folder = None if options.url is not None else _exported(models[0], model_base, version, choices, options.folder)
     keeper = Keeper()
     stack.callback(keeper.close)
-    shelf = Shelf(keeper)
+    shelf = Shelf(keeper, None if options.lora_folder is None else expanded(options.lora_folder))
     place: Place = Elsewhere(options.url, os.environ.get(KEY_VARIABLE)) if options.url is not None else None
     if place is None:
         log = Path(tempfile.mkdtemp(prefix="llava-mixlora-vllm-")) / "vllm.log"
@@ -95,7 +110,8 @@ def vllm_engine(
     names = {name: each.about for name, each in served.items()} or {models[0].name: {}}
     conversations = InProcess(served, options.at_a_time, options.longest) if served else None
     routed = {name: Routed(each.prompts, each.adapter) for name, each in _routed(served).items()}
-    engine = VllmEngine(place, names, routed, conversations, shelf, options.at_a_time, options.longest)
+    prompts = {name: each.prompts for name, each in served.items()}
+    engine = VllmEngine(place, names, routed, prompts, conversations, shelf, options.at_a_time, options.longest)
     return engine, any(each.prompts.padded for each in served.values())
 
 
@@ -125,11 +141,40 @@ def _check_vllm(python: str) -> None:
         )
 
 
+def check_flags(flags: Sequence[str], url: str | None) -> None:
+    """Refuse what somebody else's vLLM would have to be told, and what would hide LoRAs from requests.
+
+    Raises:
+        MixLoraError: a flag is among these.
+    """
+    if flags and url is not None:
+        raise MixLoraError(f"--engine-flags: {url} runs already; give its flags to it, and leave them out")
+    words = [word.replace("_", "-") for word in flags]
+    for number, word in enumerate(words):
+        name, _, value = word.partition("=")
+        value = value or (words[number + 1] if number + 1 < len(words) else "")
+        if name in APART and (APART[name] is None or value != APART[name]):
+            raise MixLoraError(
+                f"--engine-flags {name}: a prompt's LoRA is loaded by name into one of vLLM's API servers, and others "
+                "would not know it; leave it out (one API server serves all engines of --data-parallel-size)"
+            )
+        if name in OURS:
+            raise MixLoraError(f"--engine-flags {name}: it is this server's to say; leave it out")
+
+
 def _check_one_base(adapters: Sequence[NamedModel], served: dict[str, Served]) -> None:
     """Refuse adapters that are not all for one model with one projector: vLLM has one of each."""
     if not adapters:
         return
     first = adapters[0]
+    conversation = served[first.name].about["conversation"]
+    for other in adapters[1:]:
+        if served[other.name].about["conversation"] != conversation:
+            raise MixLoraError(
+                f"{first.path} is asked as {conversation} and {other.path} as "
+                f"{served[other.name].about['conversation']}, and a vLLM has one template; serve each by a server of "
+                "its own, or all by --engine transformers"
+            )
     of_first = _beside_layers(served[first.name])
     for other in adapters[1:]:
         of_other = _beside_layers(served[other.name])
@@ -188,6 +233,9 @@ def _weights(folder: Path) -> str:
 
 def _flags(folder: Path, ranks: Sequence[int], options: EngineOptions) -> list[str]:
     flags = ["--model", str(folder), "--limit-mm-per-prompt", json.dumps({"image": options.images})]
+    flags += ["--disable-uvicorn-access-log"]  # three lines of each request, for ever
+    if not ranks:  # nobody here counts a prompt's tokens, so vLLM has to fit an answer of no given length in
+        flags += ["--override-generation-config", json.dumps({"max_new_tokens": options.longest})]
     if ranks:
         rank = next((each for each in RANKS if each >= max(ranks)), None)
         if rank is None:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from llava_mixlora.serving.shelf import Keeper, Shelf
 
+from ...tiny import message_of
+
 LORA = {
     "model.layers.0.self_attn.q_proj": (torch.rand(2, 8), torch.rand(8, 2)),
     "model.layers.0.mlp.up_proj": (torch.rand(3, 8), torch.rand(4, 3)),
@@ -23,7 +25,9 @@ LORA = {
 def test_lora_is_what_peft_reads_and_nobody_else(tmp_path):
     keeper = Keeper()
     shelf = Shelf(keeper, tmp_path)
-    one, other = shelf.put(LORA), shelf.put(LORA)
+    one, other = shelf.new(), shelf.new()
+    shelf.put(one, LORA)
+    shelf.put(other, LORA)
     assert one.name != other.name and len(shelf) == 2
     assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in (shelf.folder, one, other))
     config = PeftConfig.from_pretrained(str(one))
@@ -46,9 +50,11 @@ from llava_mixlora.serving.shelf import Keeper, Shelf
 keeper = Keeper()
 shelf = Shelf(keeper, Path(sys.argv[1]))
 (shelf.folder / "lora").mkdir()
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+share = "import time; from multiprocessing.shared_memory import SharedMemory as S; s = S(create=True, size=99); "
+share += "print(s.name, flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", share], start_new_session=True, stdout=subprocess.PIPE, text=True)
 keeper.say(f"keep-group {child.pid}")
-print(shelf.folder, child.pid, flush=True)
+print(shelf.folder, child.pid, child.stdout.readline(), flush=True)
 sys.stdin.read()
 """
 
@@ -60,17 +66,24 @@ def is_running(process):
         return False
 
 
-def test_killed_process_leaves_neither_folders_nor_processes(tmp_path):
+def test_killed_process_leaves_no_folders_processes_or_shared_memory(tmp_path):
     words = [sys.executable, "-c", HOLDING, str(tmp_path)]
     holding = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    folder, child = holding.stdout.readline().split()
-    assert Path(folder, "lora").is_dir() and is_running(child)
+    folder, child, name = holding.stdout.readline().split()
+    shared = Path("/dev/shm", name)
+    assert Path(folder, "lora").is_dir() and is_running(child) and shared.is_file()
     os.kill(holding.pid, signal.SIGKILL)
     holding.communicate()
     until = time.monotonic() + 10
-    while Path(folder).exists() or is_running(child):
+    while Path(folder).exists() or is_running(child) or shared.exists():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_place_where_nothing_can_be_written_is_named(tmp_path):
+    keeper = Keeper()
+    assert f"--lora-folder {tmp_path / 'none'}" in message_of(Shelf, keeper, tmp_path / "none")
+    keeper.close()
 
 
 def test_what_is_dropped_is_let_alone(tmp_path):
