@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..method.model import adapted_layers
 from .engine import Routes
 from .prompts import Prompt, Prompts, inputs_of
 from .request_error import RequestError
@@ -45,6 +46,12 @@ def loras_of(prompts: Prompts, adapter: str, asked: Sequence[Prompt]) -> list[Pr
         )
         for row, lora in enumerate(made)
     ]
+
+
+def lora_of_nothing(prompts: Prompts, adapter: str) -> PromptLora:
+    """One that changes nothing, for the model below an adapter."""
+    name, layer = next(iter(adapted_layers(prompts.loaded[1].base_model.model, adapter).items()))
+    return PromptLora({name: (torch.zeros(1, layer.in_features), torch.zeros(layer.out_features, 1))}, {})
 
 
 class Together(Generic[Asked, Made]):

@@ -85,6 +85,9 @@ class VllmEngine:
         models: by name, what `/v1/models` tells.
         routed: by name, the adapters among them; the others are vLLM's own model.
         prompts: by name, how those models are asked that are in this process too.
+        nothing: by name, LoRAs that change nothing, for the models below adapters where vLLM is on a CPU: there its
+            0.32 gives a request without a LoRA one of those that are answered beside it
+            (vllm/lora/ops/torch_ops/lora_ops.py takes the index -1, which says none, for the last).
         conversations: answers what has several questions, by the same names; None where nothing is routed.
         shelf: for LoRAs, which vLLM can read.
         at_a_time: prompts that are routed together.
@@ -97,12 +100,14 @@ class VllmEngine:
         models: Mapping[str, Mapping[str, Any]],
         routed: Mapping[str, Routed],
         prompts: Mapping[str, Prompts],
+        nothing: Mapping[str, PromptLora],
         conversations: Engine | None,
         shelf: Shelf,
         at_a_time: int,
         longest: int,
     ) -> None:
         self.place, self.models, self.routed = place, models, dict(routed)
+        self.nothing = dict(nothing)
         self.prompts, self.conversations, self.shelf, self.longest = dict(prompts), conversations, shelf, longest
         self._own: tuple[str, int | None] | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -153,6 +158,8 @@ class VllmEngine:
                 lora = await self._makers[request.model].one(prompt)
                 routes = lora.routes if request.wants_routes else None
                 model = await stack.enter_async_context(self._loaded(lora))
+            elif request.model in self.nothing:
+                model = await stack.enter_async_context(self._loaded(self.nothing[request.model]))
             async for piece in self._asked(request, model, most):
                 yield Piece(piece.text, piece.finish, piece.usage, routes if piece.finish else None)
 

@@ -22,8 +22,10 @@ from ..adapters.model_places import adapter_of
 from ..adapters.stored_weights import weight_files
 from ..errors import MixLoraError
 from ..inputs import expanded, read_json
+from ..method.config import MixLoraConfig
 from ..native.export import export_hf
 from .in_process import InProcess, Served
+from .prompt_loras import lora_of_nothing
 from .served_models import NamedModel, load_served
 from .shelf import Keeper, Shelf
 from .vllm_engine import Elsewhere, Place, Routed, VllmEngine
@@ -96,6 +98,8 @@ def vllm_engine(
         _check_vllm(options.python)
     served = dict(load_served(adapters, model_base, 16, version, choices))
     _check_one_base(adapters, served)
+    for model in adapters:
+        _check_has_loras(model, served[model.name])
     folder = None if options.url is not None else _exported(models[0], model_base, version, choices, options.folder)
     keeper = Keeper()
     stack.callback(keeper.close)
@@ -111,7 +115,14 @@ def vllm_engine(
     conversations = InProcess(served, options.at_a_time, options.longest) if served else None
     routed = {name: Routed(each.prompts, each.adapter) for name, each in _routed(served).items()}
     prompts = {name: each.prompts for name, each in served.items()}
-    engine = VllmEngine(place, names, routed, prompts, conversations, shelf, options.at_a_time, options.longest)
+    nothing = {}
+    if not torch.cuda.is_available():
+        nothing = {
+            served[name].about["parent"]: lora_of_nothing(each.prompts, each.adapter) for name, each in routed.items()
+        }
+    engine = VllmEngine(
+        place, names, routed, prompts, nothing, conversations, shelf, options.at_a_time, options.longest
+    )
     return engine, any(each.prompts.padded for each in served.values())
 
 
@@ -160,6 +171,18 @@ def check_flags(flags: Sequence[str], url: str | None) -> None:
             )
         if name in OURS:
             raise MixLoraError(f"--engine-flags {name}: it is this server's to say; leave it out")
+
+
+def _check_has_loras(model: NamedModel, served: Served) -> None:
+    """Refuse an adapter that is no plain LoRA for a prompt."""
+    config = served.prompts.loaded[1].peft_config[served.adapter]
+    if not isinstance(config, MixLoraConfig):
+        raise MixLoraError(f"{model.path} is no MIXLORA adapter but {config.peft_type}; serve it by vLLM's own flags")
+    if config.decode_routing != "prefill":
+        raise MixLoraError(
+            f"{model.path} routes every step of an answer anew (decode_routing={config.decode_routing!r}), so no LoRA "
+            "is what it is for a prompt; serve it by --engine transformers"
+        )
 
 
 def _check_one_base(adapters: Sequence[NamedModel], served: dict[str, Served]) -> None:

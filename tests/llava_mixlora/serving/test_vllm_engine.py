@@ -7,11 +7,14 @@ import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from llava_mixlora.adapters.model_choices import AS_NAMED
 from llava_mixlora.serving.chat import ChatRequest, Message
+from llava_mixlora.serving.prompt_loras import lora_of_nothing
 from llava_mixlora.serving.request_error import RequestError
 from llava_mixlora.serving.served_models import NamedModel, load_served
 from llava_mixlora.serving.shelf import Keeper, Shelf
@@ -28,7 +31,8 @@ class StandIn:
 
     def __init__(self):
         self.words, self.loras, self.ever, self.asked = ["  a red", " ", "circle ", "\n"], {}, [], []
-        self.load_seconds = self.failed_unloads = 0
+        self.tensors = []
+        self.load_seconds = self.unload_seconds = self.failed_unloads = 0
         self.load_status = self.chat_status = 200
         self.message = self.event = None
         self.models = [{"id": "/own", "max_model_len": 4096, "parent": None}]
@@ -46,14 +50,16 @@ class StandIn:
 
         async def load(request):
             told = await request.json()
-            await asyncio.sleep(self.load_seconds)
             if self.load_status != 200:
                 return refused(self.load_status)
+            self.tensors.append(load_file(Path(told["lora_path"], "adapter_model.safetensors")))
+            await asyncio.sleep(self.load_seconds)
             self.ever.append(told["lora_name"])
             self.loras[told["lora_name"]] = told["lora_path"]
             return JSONResponse("loaded")
 
         async def unload(request):
+            await asyncio.sleep(self.unload_seconds)
             if self.failed_unloads:
                 self.failed_unloads -= 1
                 return refused(500)
@@ -120,7 +126,8 @@ def asking(served, vllm, shelf):
             routed = {"mine": Routed(served["mine"].prompts, served["mine"].adapter)}
             prompts = {name: each.prompts for name, each in served.items()}
             models = {**{name: each.about for name, each in served.items()}, "whole": {}}
-            engine = VllmEngine(Elsewhere(vllm.url), models, routed, prompts, None, shelf, 4, 50)
+            nothing = {"mine:base": lora_of_nothing(served["mine"].prompts, served["mine"].adapter)}
+            engine = VllmEngine(Elsewhere(vllm.url), models, routed, prompts, nothing, None, shelf, 4, 50)
             await engine.start()
             try:
                 return await test(engine)
@@ -161,11 +168,26 @@ def test_answer_is_of_the_prompts_lora_without_blanks_around_it(asking, vllm):
     assert [each["model"] for each in vllm.asked] == vllm.ever and len(vllm.ever) == 1
 
 
-def test_base_and_whole_models_are_vllms_own(asking, vllm):
-    for model in ("mine:base", "whole"):
-        asking(lambda engine, model=model: pieces_of(engine, question(model=model)))
-    assert not vllm.ever and [each["model"] for each in vllm.asked] == ["/own"] * 2
-    assert [each["max_tokens"] for each in vllm.asked] == [50, None]
+def test_whole_models_are_vllms_own_and_their_answers_as_long_as_it_says(asking, vllm):
+    asking(lambda engine: pieces_of(engine, question(model="whole")))
+    assert not vllm.ever and [(each["model"], each["max_tokens"]) for each in vllm.asked] == [("/own", None)]
+
+
+def test_base_is_vllms_own_or_asked_with_a_lora_that_changes_nothing(asking, vllm, served):
+    asking(lambda engine: pieces_of(engine, question(model="mine:base")))
+    (name,) = vllm.ever
+    assert [(each["model"], each["max_tokens"]) for each in vllm.asked] == [(name, 50)]
+    (tensors,) = vllm.tensors
+    assert {key.rpartition(".")[0].rpartition(".")[2] for key in tensors} == {"lora_A", "lora_B"}
+    assert all(key.startswith("base_model.model.model.language_model.layers.0.") for key in tensors)
+    assert not any(tensor.any() for tensor in tensors.values())
+
+    async def without(engine):
+        engine.nothing = {}
+        return await pieces_of(engine, question(model="mine:base"))
+
+    asking(without)
+    assert vllm.ever == [name] and vllm.asked[-1]["model"] == "/own"
 
 
 def test_answer_of_no_given_length_fits_the_context(asking, vllm, served):
@@ -227,10 +249,10 @@ def test_what_is_no_vllm_is_named(asking, vllm):
         assert refused.status == 502 and f"{vllm.url} is no vLLM" in refused.message
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.1])
+@pytest.mark.parametrize("seconds", [(0.0,), (0.1,), (0.1, 0.35)])
 def test_who_leaves_while_a_lora_is_loaded_leaves_none(asking, vllm, seconds):
-    """Before it is written, and while vLLM reads it, which goes on when nobody waits for it."""
-    vllm.load_seconds = 0.4
+    """Before it is written, and while vLLM reads it, which goes on when nobody waits for it; told so once, or twice."""
+    vllm.load_seconds, vllm.unload_seconds = 0.4, 0.1
 
     async def test(engine):
         asked = asyncio.ensure_future(pieces_of(engine, question()))
@@ -238,8 +260,9 @@ def test_who_leaves_while_a_lora_is_loaded_leaves_none(asking, vllm, seconds):
         while not len(engine.shelf):
             assert time.monotonic() < until
             await asyncio.sleep(0.001)
-        await asyncio.sleep(seconds)
-        asked.cancel()
+        for pause in seconds:
+            await asyncio.sleep(pause)
+            asked.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asked
 

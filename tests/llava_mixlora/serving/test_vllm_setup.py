@@ -8,7 +8,13 @@ import pytest
 from llava_mixlora.adapters.model_choices import AS_NAMED
 from llava_mixlora.cli import main
 from llava_mixlora.serving.served_models import NamedModel, load_served
-from llava_mixlora.serving.vllm_setup import EngineOptions, _check_one_base, _flags, check_flags
+from llava_mixlora.serving.vllm_setup import (
+    EngineOptions,
+    _check_has_loras,
+    _check_one_base,
+    _flags,
+    check_flags,
+)
 
 from ...tiny import message_of, write_adapter
 
@@ -63,3 +69,10 @@ def test_adapters_of_two_templates_are_refused(llava_folder, tmp_path):
     for model, version in zip(models, ("v1", "llava_llama_2")):
         served |= dict(load_served([model], None, 16, version, AS_NAMED))
     assert "v1 and" in message_of(_check_one_base, models, served)
+
+
+def test_adapter_that_is_no_lora_for_a_prompt_is_refused(llava_folder, tmp_path):
+    write_adapter(llava_folder, tmp_path / "step", decode_routing="step")
+    model = NamedModel("step", str(tmp_path / "step"))
+    served = dict(load_served([model], None, 16, "v1", AS_NAMED))["step"]
+    assert "decode_routing='step'" in message_of(_check_has_loras, model, served)
