@@ -128,19 +128,6 @@ def answers(address, asked, name, at_a_time):
         return list(pool.map(lambda each: text_of(ask(client, *each, model=name)), asked))
 
 
-def processes(words):
-    """Ids of processes with these words in their command line."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if all(word in command for word in words):
-            found.append(int(folder.name))
-    return sorted(found)
-
-
 def shelves():
     return set(Path("/dev/shm").glob("llava-mixlora-*"))
 
@@ -225,7 +212,7 @@ def test_after_many_requests_nothing_is_left(server, asked):
 
 def loras_of_vllm(server):
     """Those that the vLLM of a server knows by name, asked as the server asks."""
-    (engine,) = [each for each in processes(["api_server"]) if parent_of(each) == server.pid]
+    engine = engine_of(server)
     told = dict(line.split("=", 1) for line in Path(f"/proc/{engine}/environ").read_text().split("\0") if "=" in line)
     words = Path(f"/proc/{engine}/cmdline").read_text().split("\0")
     port = words[words.index("--port") + 1]
@@ -235,14 +222,35 @@ def loras_of_vllm(server):
         return [model["id"] for model in json.load(response)["data"] if model.get("parent")]
 
 
-def parent_of(process):
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+def engine_of(server):
+    """The process of vLLM's API server that a server has begun; it leads a group."""
+    found = [each for each in numbers_of_processes() if (told := stat_of(each)) and told[1] == str(server.pid)]
+    (engine,) = [each for each in found if b"vllm.entrypoints" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    return engine
 
 
-def test_engine_that_dies_comes_back(server, place, asked, expected):
+def members_of(group):
+    """Processes of a group that run."""
+    everyone = numbers_of_processes()
+    return [each for each in everyone if (told := stat_of(each)) and told[2] == str(group) and told[0] != "Z"]
+
+
+def numbers_of_processes():
+    return [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+
+
+def stat_of(process):
+    """State, parent and group."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return None
+
+
+def test_engine_that_dies_comes_back(server, asked, expected):
     client = client_of(server[1])
     (shelf,) = shelves()
-    os.kill(processes(["api_server", str(place)])[0], signal.SIGKILL)
+    os.kill(engine_of(server[0]), signal.SIGKILL)
     refused = set()
 
     def answers_again():
@@ -264,13 +272,13 @@ def test_two_engines_answer_as_one_and_leave_nothing_when_the_server_is_killed(p
     with serving_vllm(place, "--engine-flags", TWO_ENGINES, "--lora-folder", place) as (process, address):
         for name in NAMES:
             assert answers(address, asked[name], name, 8) == expected[name]
-        engines = processes(["api_server", str(place)])
+        engine = engine_of(process)
         (shelf,) = place.glob("llava-mixlora-*")
         assert shelves() == before
         process.send_signal(signal.SIGKILL)
         process.wait(10)
-        wait_until(lambda: not shelf.exists() and not set(engines) & set(processes(["api_server", str(place)])), 20)
-        wait_until(lambda: shared_memory() <= memory, 20)
+        wait_until(lambda: not shelf.exists() and not members_of(engine), 20)
+        assert shared_memory() <= memory
 
 
 def shared_memory():
