@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+pytest.importorskip("httpx", reason="httpx is not installed")
+pytest.importorskip("starlette", reason="starlette is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+
 from llava_mixlora.adapters.model_choices import AS_NAMED
 from llava_mixlora.serving.chat import ChatRequest, Message
 from llava_mixlora.serving.prompt_loras import lora_of_nothing
@@ -21,9 +25,6 @@ from llava_mixlora.serving.shelf import Keeper, Shelf
 from llava_mixlora.serving.vllm_engine import Elsewhere, Routed, VllmEngine
 
 from ...tiny import write_adapter
-
-for needed in ("httpx", "starlette", "uvicorn"):
-    pytest.importorskip(needed)
 
 
 class StandIn:

@@ -6,13 +6,14 @@ import textwrap
 
 import pytest
 
+pytest.importorskip("httpx", reason="httpx is not installed")
+
 from llava_mixlora.errors import MixLoraError
 from llava_mixlora.serving.request_error import RequestError
 from llava_mixlora.serving.shelf import Keeper
 from llava_mixlora.serving.vllm_process import VllmProcess
 
-pytest.importorskip("httpx")
-
+pytestmark = pytest.mark.slow
 PROGRAM = """\
 #!{python}
 import os, sys, threading

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("httpx", reason="httpx is not installed")
+
 from llava_mixlora.adapters.model_choices import AS_NAMED
 from llava_mixlora.cli import main
 from llava_mixlora.serving.served_models import NamedModel, load_served
@@ -17,8 +19,6 @@ from llava_mixlora.serving.vllm_setup import (
 )
 
 from ...tiny import message_of, write_adapter
-
-pytest.importorskip("httpx")
 
 
 @pytest.mark.parametrize(
