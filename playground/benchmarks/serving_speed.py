@@ -105,6 +105,8 @@ def run(given: argparse.Namespace) -> None:
     """
     if given.merged is not None and given.engine_python is None:
         raise MixLoraError(f"--merged {given.merged}: it is served by vLLM; say --engine-python PYTHON too")
+    if given.merged is not None and not given.merged.is_dir():
+        raise MixLoraError(f"--merged {given.merged}: no such folder; llava-mixlora merge makes one of an adapter")
     if given.engine_python is not None and shutil.which(given.engine_python) is None:
         raise MixLoraError(f"--engine-python {given.engine_python}: no such program; expected a python with vLLM")
     if min(given.at_a_time) < 1 or given.rounds < 1:

@@ -55,6 +55,7 @@ def test_servers_are_started_asked_and_ended(place):
     "flags, problem",
     [
         (["--merged", "somewhere"], "--engine-python PYTHON too"),
+        (["--merged", "nowhere", "--engine-python", sys.executable], "--merged nowhere: no such folder"),
         (["--engine-python", "none"], "none: no such program"),
         (["--at-a-time", "0"], "at least 1"),
     ],
