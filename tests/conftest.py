@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from llava_mixlora import patches
+from llava_mixlora import llava_package, patches
 
 from .tiny import VOCABULARY
 
@@ -63,6 +63,14 @@ def llama_folder(_llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     _llama.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def same_llava():
+    """Programs that a test runs in this process, and adapters that it loads, say which LLaVA is used: until its end."""
+    before = llava_package.used()
+    yield
+    llava_package.use(before)
 
 
 @pytest.fixture(scope="session")
