@@ -115,12 +115,37 @@ def _release_in_the_event_loop(original: Callable[..., None]) -> Callable[..., A
     return release_model_semaphore
 
 
-def end_soon(original: Any) -> Any:
+def ends_when_told(module: str, heart_beat: str) -> tuple[Patch, Patch]:
+    """Patches by which one of LLaVA's servers ends at Ctrl-C.
+
+    Args:
+        module: of the server.
+        heart_beat: its function that a thread runs for ever.
+    """
+    return (
+        Patch(
+            f"{module}:{heart_beat}",
+            kind=FAULT,
+            why="its thread never ends, and Ctrl-C waits for it",
+            replace=_in_the_background,
+            program=True,
+        ),
+        Patch(
+            f"{module}:uvicorn",
+            kind=FAULT,
+            why="Ctrl-C waits for every answer that is under way, and for clients that have stopped reading theirs",
+            replace=_end_soon,
+            program=True,
+        ),
+    )
+
+
+def _end_soon(original: Any) -> Any:
     """Make of the name `uvicorn` in a server's module one that gives answers [`LAST_SECONDS`] when it has to end."""
     return SimpleNamespace(run=functools.partial(original.run, timeout_graceful_shutdown=LAST_SECONDS))
 
 
-def in_the_background(original: Callable[..., None]) -> Callable[..., None]:
+def _in_the_background(original: Callable[..., None]) -> Callable[..., None]:
     """Make of what a thread runs for ever something that does not keep the process alive."""
 
     @functools.wraps(original)
@@ -208,18 +233,5 @@ PATCHES = (
         replace=_beat_aside,
         program=True,
     ),
-    Patch(
-        f"{MODULE}:heart_beat_worker",
-        kind=FAULT,
-        why="its thread never ends, and Ctrl-C waits for it",
-        replace=in_the_background,
-        program=True,
-    ),
-    Patch(
-        f"{MODULE}:uvicorn",
-        kind=FAULT,
-        why="Ctrl-C waits for every answer that is under way, and for clients that have stopped reading theirs",
-        replace=end_soon,
-        program=True,
-    ),
+    *ends_when_told(MODULE, "heart_beat_worker"),
 )
