@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from ..errors import MixLoraError
+from . import companions
 from .held_routes import HeldRoutes, bind, routes_of
 from .known_prompt import KnownPrompt
 from .model_inputs import (
@@ -245,6 +246,7 @@ def attach(
         if callable(getattr(model, "generate", None)):
             model.generate = _OneGeneration(model)
     _parts.pop(model, None)
+    companions.forget(model)
     for module in _parts_of(model):
         if not is_attached(module):
             module.register_forward_pre_hook(_enter_part, with_kwargs=True)
@@ -258,6 +260,7 @@ def is_attached(model: nn.Module) -> bool:
 
 def detach(model: nn.Module) -> None:
     """Undo [`attach`]."""
+    companions.forget(model)
     for module in (model, *_models_inside(model)):
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook in (_open_scope, _enter_part)]:
             del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,30 +14,34 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..errors import MixLoraError
+from .added_update import added
 from .config import MixLoraConfig
 from .forward_passes import scope_of_layer
+from .joint_work import Run, Share
 from .layer_merging import MergeableLayer
 from .layer_settings import LayerSettings
 from .lora_only import OfLoraLayers
 from .mixture import (
     Route,
+    coefficients_of,
     conditional_scores,
     conditional_scores_by_table,
     conditional_table,
     core,
     full_core,
+    full_precision,
     gates,
     pooled_input,
+    promoted,
     route_at_random,
     route_by_input,
-    update_of,
 )
 from .offloading import bring_back
 from .registration import BaseTunerLayer
-from .router_loss import load_balance
+from .router_loss import weighted_term
 from .routing_scope import RoutingScope
 from .segments import Segments
-from .task_subsets import task_loss, task_subsets
+from .task_subsets import task_subsets
 from .training_statistics import Statistics
 
 Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -48,13 +51,15 @@ Observer = Callable[["MixLoraLayer", str, Tensor, Tensor, Tensor, Tensor | None]
 class _Routed(NamedTuple):
     """What an adapter does with x: x as instances [B, S, d_in] in the dtype that it computes in, and their cores.
 
-    `cores` [B, E, E], or [G, E, E] of the `segments` of the rows; with `pairing="same"` gates [B or G, E].
+    `cores` [B, E, E], or [G, E, E] of the `segments` of the rows; with `pairing="same"` gates [B or G, E]. `share`:
+    what they were made of, and with which other layers; None where they are held.
     """
 
     adapter: str
     sequence: Tensor
     cores: Tensor
-    segments: Segments | None
+    segments: Segments | None = None
+    share: Share | None = None
 
 
 class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
@@ -188,19 +193,27 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
         factors_A = self.mixlora_A
         routed = [self._routed(x, adapter, adapter_names, scope, again) for adapter in active if adapter in factors_A]
         result = self.base_layer(given, *args, **kwargs)
-        for adapter, sequence, cores, segments in routed:
-            dropout = self.mixlora_dropout[adapter]
-            z = F.linear(sequence if isinstance(dropout, nn.Identity) else dropout(sequence), factors_A[adapter])
-            if segments is None:
-                update = update_of(z, self.mixlora_B[adapter], cores)
-            else:
-                update = torch.matmul(segments.apply(z, cores), self.mixlora_B[adapter])
-            if update.dtype != result.dtype:
-                update = update.to(result.dtype)
-            result = result + (update if update.shape == result.shape else update.view(result.shape))
+        for each in routed:
+            z, coefficients = self._coefficients(each, given)
+            if each.share is not None and self.training and scope is not None and scope.trains:
+                coefficients = self._with_router_loss(coefficients, each.share, each.adapter, scope, again)
+            result = added(result, coefficients, self.mixlora_B[each.adapter], self.base_layer)
             if self.training or self.observer is not None:
-                self._observe(sequence, z, cores, segments, adapter, scope, again)
+                self._observe(each.sequence, z, each.cores, each.segments, each.adapter, scope, again)
         return result
+
+    def _coefficients(self, routed: _Routed, given: Tensor) -> tuple[Tensor, Tensor]:
+        """z = x Aᵀ and z C, [B, S, E] each, of what the layer is `given`."""
+        adapter, sequence, cores, segments, share = routed
+        if share is not None and len(share.run.layers) > 1:
+            made = share.run.coefficients(share.place, given, sequence, segments)
+            if made is not None:
+                return made
+        dropout = self.mixlora_dropout[adapter]
+        drops = dropout.training and not isinstance(dropout, nn.Identity)
+        dropped = dropout(sequence) if drops else sequence
+        z = F.linear(dropped, self.mixlora_A[adapter])
+        return z, coefficients_of(z, cores, segments)
 
     def _observe(
         self,
@@ -252,13 +265,14 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
             sequence = x.to(dtype)
         if x.ndim != 3:
             sequence = self._as_instances(sequence, scope)
-        cores, segments = self._core(sequence, adapter, scope, x, again)
+        routed = self._core(sequence, adapter, scope, x, again)
         if adapter_names is not None:
             # All instances are routed, since what a scope knows and holds is per instance of the whole batch.
             named = torch.tensor([name == adapter for name in adapter_names], device=x.device)
-            named = named if segments is None else named[segments.row]
-            cores = cores * named.view(-1, *[1] * (cores.ndim - 1))
-        return _Routed(adapter, sequence, cores, segments)
+            named = named if routed.segments is None else named[routed.segments.row]
+            cores = routed.cores * named.view(-1, *[1] * (routed.cores.ndim - 1))
+            routed = routed._replace(cores=cores)
+        return routed
 
     def _as_instances(self, x: Tensor, scope: RoutingScope | None) -> Tensor:
         """x of another number of dimensions as [B, S, d_in].
@@ -284,13 +298,8 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
             "layers (experts of a mixture, a tower that flattens its images) out with exclude_modules"
         )
 
-    def _core(
-        self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, again: bool
-    ) -> tuple[Tensor, Segments | None]:
-        """The cores [B, E, E], or gates [B, E], of x [B, S, d_in], which was made from what the layer was `given`.
-
-        Where rows have several segments the cores are theirs, [G, E, E].
-        """
+    def _core(self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, again: bool) -> _Routed:
+        """The cores of x [B, S, d_in], which was made from what the layer was `given`."""
         settings, key = self.settings[adapter], (self.identity, adapter)
         segments = None
         if scope is not None and scope.covers(x):
@@ -298,66 +307,80 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
             segments = None if segments is None else segments.on(x.device)
         holds = scope is not None and settings.decode_routing == "prefill" and scope.shares_instances(x)
         if holds and (held := scope.held_core(key, len(x), segments)) is not None:
-            return held, segments if segments is not None and len(held) == len(segments) else None
+            return _Routed(adapter, x, held, segments if segments is not None and len(held) == len(segments) else None)
         if scope is not None and scope.trains and not again and settings.router_scope in ("prompt", "instruction"):
             scope.require_prompt(settings.unknown_prompt)
         if scope is not None and settings.router_scope == "instruction" and scope.covers(x):
             scope.require_text("router_scope='instruction'")
-        with _full_precision(x):
-            route = self._route(x, adapter, scope, given, segments)
-            self.last_routes[adapter] = route.detach()
-            dtype = torch.promote_types(self.mixlora_A[adapter].dtype, x.dtype)
-            result = self.core_of(route, adapter, dtype)
-            if self.training and scope is not None and scope.trains and self._has_router_loss(adapter):
-                result = self._with_router_loss(result, route, adapter, scope, again)
+        with full_precision(x):
+            dtype = promoted(self.mixlora_A[adapter].dtype, x.dtype)
+            pooled = self._pooled(x, adapter, scope, given, segments)
+            index = self._index_of_tasks(x, adapter, scope, segments)
+            share = None
+            if pooled is not None and self.training and scope is not None and scope.makes_shares:
+                share = scope.share_of(self, adapter, pooled, index, dtype)
+            if share is None:
+                route = self._route(x, pooled, index, adapter, segments)
+                share = Share(route, Run([self], adapter, self.core_of(route, adapter, dtype)), 0)
+            cores = share.run.cores_of(share.place)
+            self.last_routes[adapter] = share.route.detach()
         if holds:
-            scope.hold(key, result)
-        return result, segments
+            scope.hold(key, cores)
+        return _Routed(adapter, x, cores, segments, share)
 
-    def _has_router_loss(self, adapter: str) -> bool:
-        settings = self.settings[adapter]
-        return settings.balance_loss_weight != 0 or settings.task_loss_weight != 0
-
-    def _with_router_loss(self, core: Tensor, route: Route, adapter: str, scope: RoutingScope, again: bool) -> Tensor:
-        """Let the layer's terms join the loss through the core; returns the core, unchanged."""
-        if len(core) == 0:
-            return core
-        settings = self.settings[adapter]
-        pools = [(route.score_A, route.index_A)]
-        if settings.pairing == "rank":
-            pools.append((route.score_B, route.index_B))
-        terms = []
-        if settings.balance_loss_weight != 0:
-            terms += [settings.balance_loss_weight * load_balance(score, index) for score, index in pools]
-        if settings.task_loss_weight != 0:
-            terms += [settings.task_loss_weight * task_loss(score, index) for score, index in pools]
-        return scope.router_loss.tie(core, sum(terms) / len(pools), note=not again)
+    def _with_router_loss(
+        self, coefficients: Tensor, share: Share, adapter: str, scope: RoutingScope, again: bool
+    ) -> Tensor:
+        """Let the layer's term, if it has one, join the loss through z C; returns that, unchanged."""
+        if len(share.route.index_A) == 0:
+            return coefficients
+        with full_precision(coefficients):
+            term = weighted_term(share.route, self.settings[adapter]) if share.term is None else share.term
+            return coefficients if term is None else scope.router_loss.tie(coefficients, term, note=not again)
 
     def _route(
-        self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, segments: Segments | None
+        self, x: Tensor, pooled: Tensor | None, index: Tensor | None, adapter: str, segments: Segments | None
     ) -> Route:
+        """By what the routers see, `pooled`, or the factors of tasks, `index`; without either at random."""
         settings = self.settings[adapter]
-        if settings.routing == "random":
+        if pooled is None:
             instances = len(x) if segments is None else len(segments)
             if self.training:
                 return route_at_random(instances, settings.num_factors, settings.r, x.device, pairing=settings.pairing)
             fixed = torch.Generator().manual_seed(settings.seed)
             route = route_at_random(1, settings.num_factors, settings.r, x.device, fixed, settings.pairing)
             return Route(route.index_A.expand(instances, -1), route.index_B.expand(instances, -1), None, None)
+        route = self.route_of(pooled, adapter)
+        return route if index is None else Route(index, index, route.score_A, route.score_B)
+
+    def _pooled(
+        self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, segments: Segments | None
+    ) -> Tensor | None:
+        """What the routers see, [B, d_in] or, with words, [B, d_model], of segments [G, ...]; None without routers."""
+        settings = self.settings[adapter]
+        if settings.routing == "random":
+            return None
         if not settings.straight_through:
             x = x.detach()
         if settings.router_width is not None:
-            pooled = self._pooled_words(x, adapter, scope, segments)
-        elif scope is None:
-            pooled = pooled_input(x, None)
-        else:
-            pooled = scope.pooled(x, settings.router_scope, settings.count_padding, given)
-        route = self.route_of(pooled, adapter)
-        if settings.task_loss_weight != 0 and self.training and scope is not None and scope.trains:
-            subsets = self.mixlora_task_subsets[adapter].to(x.device)
-            index = subsets[scope.require_tasks(len(x), settings.tasks, segments).to(x.device)]
-            route = Route(index, index, route.score_A, route.score_B)
-        return route
+            return self._pooled_words(x, adapter, scope, segments)
+        if scope is None:
+            return pooled_input(x, None)
+        return scope.pooled(x, settings.router_scope, settings.count_padding, given)
+
+    def _index_of_tasks(
+        self, x: Tensor, adapter: str, scope: RoutingScope | None, segments: Segments | None
+    ) -> Tensor | None:
+        """The factors of the instances' tasks in a training step with `task_loss_weight`, int64 [B or G, r]."""
+        settings = self.settings[adapter]
+        if settings.task_loss_weight == 0 or not self.training or scope is None or not scope.trains:
+            return None
+        subsets = self.mixlora_task_subsets[adapter].to(x.device)
+        return subsets[scope.require_tasks(len(x), settings.tasks, segments).to(x.device)]
+
+    def routers(self, adapter: str) -> tuple[nn.ParameterDict, ...]:
+        """Where the routers of an adapter are: of both pools, or the only one."""
+        return (self.mixlora_router_A, self.mixlora_router_B)[: 1 if self.settings[adapter].pairing == "same" else 2]
 
     def route_of(self, pooled: Tensor, adapter: str) -> Route:
         """What the layer's routers choose by what they see, `pooled` [B, d_in] or, with words, [B, d_model]."""
@@ -449,9 +472,3 @@ def _uniform(*shape: int) -> nn.Parameter:
     """
     bound = 1 / math.sqrt(shape[-1])
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast on the device of x; entering its context costs more than asking for it."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .config import MixLoraConfig
 
@@ -28,7 +28,7 @@ class LayerSettings:
     balance_loss_weight: float
     task_loss_weight: float
     tasks: int  # how many of them have a subset of the factors
-    seed: int  # of the fixed routes that routing="random" takes in evaluation
+    seed: int = field(compare=False)  # of the fixed routes that routing="random" takes in evaluation
 
     @classmethod
     def from_config(

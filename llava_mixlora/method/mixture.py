@@ -23,11 +23,14 @@ cores takes gates too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .segments import Segments
 
 
 class Route(NamedTuple):
@@ -126,17 +129,20 @@ def route_by_input(
     `pooled` [B, d_in]; `router_A` and `router_B` [E, d_in], the latter None with `pairing="same"`; `conditional` makes
     p_AB [B, E] of the A factors chosen, idx_A [B, r].
     """
-    if router_B is None:
-        score = input_scores(pooled, router_A).squeeze(1)
-        index = score.topk(r, dim=-1).indices
-        return Route(index, index, score, score)
-    scores = input_scores(pooled, router_A, router_B)
-    score_A, score_B = scores.unbind(1)
+    scores = input_scores(pooled, *([router_A] if router_B is None else [router_A, router_B]))
     if conditional is None:
-        return Route(*scores.topk(r, dim=-1).indices.unbind(1), score_A, score_B)
+        return route_by_scores(scores, r)
+    score_A, score_B = scores.unbind(1)
     index_A = score_A.topk(r, dim=-1).indices
     score_B = score_B + conditional(index_A)
     return Route(index_A, score_B.topk(r, dim=-1).indices, score_A, score_B)
+
+
+def route_by_scores(scores: Tensor, r: int, index: Tensor | None = None) -> Route:
+    """The `r` factors of the highest `scores` [B, P, E], P = 1 for both pools; or the factors `index` [B, r]."""
+    by_pool = scores.unbind(1)
+    chosen = (index,) if index is not None else scores.topk(r, dim=-1).indices.unbind(1)
+    return Route(chosen[0], chosen[-1], by_pool[0], by_pool[-1])
 
 
 def route_at_random(
@@ -183,9 +189,9 @@ def gates(route: Route, num_factors: int, scaling: float, straight_through: bool
     return empty.scatter_(1, index, scaling)
 
 
-def full_core(core: Tensor) -> Tensor:
-    """Cores [B, E, E] as they are; of gates [B, E] the diagonal matrices that they stand for."""
-    return torch.diag_embed(core) if core.ndim == 2 else core
+def full_core(core: Tensor, dims: int = 2) -> Tensor:
+    """Cores [B, E, E] as they are; of gates [B, E], or of as many as `dims` dimensions, the diagonal matrices."""
+    return torch.diag_embed(core) if core.ndim == dims else core
 
 
 def low_rank_update(x: Tensor, factors_A: Tensor, factors_B: Tensor, core: Tensor) -> Tensor:
@@ -193,14 +199,27 @@ def low_rank_update(x: Tensor, factors_A: Tensor, factors_B: Tensor, core: Tenso
 
     `core` [B, E, E], or its [`gates`] [B, E] where it is diagonal.
     """
-    return update_of(F.linear(x, factors_A), factors_B, core)
+    return torch.matmul(coefficients_of(F.linear(x, factors_A), core), factors_B)
 
 
-def update_of(z: Tensor, factors_B: Tensor, core: Tensor) -> Tensor:
-    """Δy = (z C) B from z = x Aᵀ [B, S, E]; the other shapes are those of [`low_rank_update`]."""
-    return torch.matmul(z * core.unsqueeze(1) if core.ndim == 2 else torch.bmm(z, core), factors_B)
+def coefficients_of(z: Tensor, core: Tensor, segments: Segments | None = None) -> Tensor:
+    """z C, [B, S, E], from z = x Aᵀ [B, S, E] and cores [B, E, E], or gates [B, E]; those of `segments` [G, ...]."""
+    if segments is not None:
+        return segments.apply(z, core)
+    return z * core.unsqueeze(1) if core.ndim == 2 else torch.bmm(z, core)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """Routers never run below float32 (softmax and top-r are sensitive), and stay in float64 where x is."""
-    return torch.promote_types(dtype, torch.float32)
+    return promoted(dtype, torch.float32)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on the device of x; entering its context costs more than asking for it."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """`torch.promote_types`, which goes through PyTorch's dispatcher also where both are the same."""
+    return one if one == other else torch.promote_types(one, other)

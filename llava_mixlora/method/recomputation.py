@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 Pass = TypeVar("Pass")
 
@@ -28,6 +30,11 @@ NO_BACKWARD = -1
 _next_number = getattr(torch.autograd, "_get_sequence_nr", None)
 _running_node = getattr(torch._C, "_current_autograd_node", None)
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_SELECTIVE = tuple(
+    getattr(checkpoint, name)
+    for name in ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")
+    if hasattr(checkpoint, name)
+)
 
 
 def running_backward() -> int:
@@ -43,6 +50,23 @@ def next_node() -> int:
 def saving_hooks() -> Any:
     """What packs the tensors that autograd saves now: a checkpoint's part of the forward pass has hooks of its own."""
     return None if _top_hooks is None else _top_hooks(True)
+
+
+def is_checkpointed_selectively() -> bool:
+    """Whether a checkpoint keeps what some operations return, or hands it out again instead of running them."""
+    return any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
+
+
+def part_of_graph() -> Hashable:
+    """Tells apart what checkpoints run for themselves, now and again later: they cannot share tensors with a graph.
+
+    Equal for two moments between which a forward pass, or what a node of a backward pass runs again, goes on.
+    """
+    task = running_backward()
+    if _top_hooks is None or (task != NO_BACKWARD and _running_node is None):
+        return object()
+    node = None if task == NO_BACKWARD else _running_node()
+    return torch.is_grad_enabled(), saving_hooks(), task, None if node is None else node._sequence_nr()
 
 
 @dataclass(frozen=True)

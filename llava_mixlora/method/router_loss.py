@@ -3,13 +3,13 @@
 Balance: for one pool of one layer, with f_e the share of the batch's choices that fell on factor e (a constant) and P_e
 the mean probability that the router gives it, the term is E · Σ_e f_e · P_e: 1 when factors are used alike, more when
 few are preferred (Switch Transformers, Fedus et al. 2022, equation 4). Tasks: `task_subsets` has the term. A layer's
-term is the weighted sum of both, each the mean over its two pools; the loss gains the mean over the layers.
+term is [`weighted_term`]; the loss gains the mean over the layers.
 
 Summing the terms of the layers would be all, were it not for gradient checkpointing: a term that a checkpointed block
 computes is either without a graph (reentrant) or keeps alive what checkpointing wants to free. So the terms travel as
 
 - values: each layer notes its term, and the model's forward post-hook adds their mean to `output.loss`;
-- gradients: each layer ties its term to its core, an identity whose backward pass gives the term its own gradient,
+- gradients: each layer ties its term to its z C, an identity whose backward pass gives the term its own gradient,
   d(what is minimised) / d(term). All of that but the scale is known in the forward pass; the scale is what arrives at
   `output.loss` in the backward pass, which always comes before any layer. It is noted there, so division by
   accumulation steps, a loss scaler, or a factor of the user's own count for the term as they do for the loss. A
@@ -30,17 +30,39 @@ import torch
 from torch import Tensor
 
 from ..errors import MixLoraError
+from .layer_settings import LayerSettings
+from .mixture import Route
+from .task_subsets import task_loss
 
 
 def load_balance(score: Tensor, index: Tensor) -> Tensor:
-    """E · Σ_e f_e · P_e of one pool, a scalar. `score` [B, E], non-negative, `index` [B, r].
+    """E · Σ_e f_e · P_e of one pool, [...], a number for each layer where layers are in front.
 
-    P_e is of `score` divided by its row sums, so that p_B + p_AB of CFS is a probability too.
+    `score` [..., B, E], non-negative; `index` [..., B, r]. P_e is of `score` divided by its row sums, so that
+    p_B + p_AB of CFS is a probability too.
     """
     E = score.shape[-1]
-    P = (score / score.sum(dim=-1, keepdim=True)).mean(dim=0)
-    f = torch.zeros_like(P).scatter_add(0, index.flatten(), torch.ones_like(index.flatten(), dtype=P.dtype))
-    return E * (f / index.numel() * P).sum()
+    P = (score / score.sum(dim=-1, keepdim=True)).mean(dim=-2)
+    chosen = index.flatten(-2)
+    f = torch.zeros_like(P).scatter_add(-1, chosen, torch.ones_like(chosen, dtype=P.dtype))
+    return E * (f / chosen.shape[-1] * P).sum(dim=-1)
+
+
+def weighted_term(route: Route, settings: LayerSettings) -> Tensor | None:
+    """A layer's term, the weighted sum of both, each the mean over its pools; None where both weights are zero.
+
+    Of a route whose tensors have dimensions in front, such as layers, a term for each.
+    """
+    if settings.balance_loss_weight == 0 and settings.task_loss_weight == 0:
+        return None
+    pools = [(route.score_A, route.index_A), (route.score_B, route.index_B)]
+    pools = pools[:1] if settings.pairing == "same" else pools
+    terms = []
+    if settings.balance_loss_weight != 0:
+        terms += [settings.balance_loss_weight * load_balance(score, index) for score, index in pools]
+    if settings.task_loss_weight != 0:
+        terms += [settings.task_loss_weight * task_loss(score, index) for score, index in pools]
+    return sum(terms) / len(pools)
 
 
 class RouterLoss:
@@ -56,18 +78,18 @@ class RouterLoss:
         self.terms: list[Tensor] = []
         self.gradient: Tensor | None = None  # of each weighted term, known once the backward pass has begun
 
-    def tie(self, core: Tensor, term: Tensor, note: bool) -> Tensor:
-        """`core` unchanged, whose backward pass also starts that of the weighted `term` (a scalar).
+    def tie(self, coefficients: Tensor, term: Tensor, note: bool) -> Tensor:
+        """`coefficients` (z C) unchanged, whose backward pass also starts that of the weighted `term` (a scalar).
 
         `note` tells a forward pass from a checkpoint's recomputation, whose term has been noted already.
         """
         if torch.compiler.is_compiling():
             # What a graph keeps for its backward pass is the compiler's choice; nothing in it could be told a scale.
             self.terms.append(term)
-            return core
+            return coefficients
         if note:
             self.terms.append(term.detach())
-        return _Tie.apply(core, term, self)
+        return _Tie.apply(coefficients, term, self)
 
     def gradients(self, ctx: Any) -> list[Tensor | None]:
         """Of the terms, the last inputs of the Function of `ctx`; None for what was tied instead."""
@@ -147,9 +169,9 @@ def _tell_left_out() -> None:
 
 class _Tie(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, core: Tensor, term: Tensor, router_loss: RouterLoss) -> Tensor:
+    def forward(ctx: Any, coefficients: Tensor, term: Tensor, router_loss: RouterLoss) -> Tensor:
         ctx.router_loss, ctx.term_kind = router_loss, {"device": term.device, "dtype": term.dtype}
-        return core.view_as(core)
+        return coefficients.view_as(coefficients)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:

@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import MixLoraError
 from .held_routes import HeldRoutes
-from .mixture import pooled_input
+from .joint_work import Share, Together, take
+from .mixture import full_precision, pooled_input
 from .recomputation import NO_BACKWARD, saving_hooks
 from .router_loss import RouterLoss
 from .segments import Segments, conversation_turns, routed_positions
@@ -118,6 +119,7 @@ class RoutingScope:
         self._embeddings: Tensor | None = None
         self._words: dict[tuple[str, str], Tensor] = {}
         self._last_pooled: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
+        self._together: dict[str, Together] = {}  # by adapter
 
     def sequence_of(self, x: Tensor, layer: str) -> RoutingScope:
         """The scope of what a layer is given: this one or, in attention to an encoder's states, theirs."""
@@ -196,7 +198,8 @@ class RoutingScope:
         key = adapter, router_scope
         if key not in self._words and self._embeddings is not None:
             segments, weights = self._division(router_scope, False, text_only=True)
-            mean = pooled_input(self._embeddings, weights)
+            with full_precision(self._embeddings):
+                mean = pooled_input(self._embeddings, weights)
             if segments is not None:
                 mean = segments.on(mean.device).of_rows(mean)
             sums = word_sums(self.root, adapter).to(mean.device)
@@ -237,6 +240,27 @@ class RoutingScope:
         if shares:
             self._last_pooled = weakref.ref(given), key, pooled
         return pooled
+
+    @property
+    def makes_shares(self) -> bool:
+        """Whether layers may work together; a compiler, which sees all of them, finds by itself what is worth it."""
+        return self.trains and not torch.compiler.is_compiling()
+
+    def share_of(
+        self, layer: nn.Module, adapter: str, pooled: Tensor, index: Tensor | None, dtype: torch.dtype
+    ) -> Share | None:
+        """A layer's share of what is made together for it and its companions in training.
+
+        The arguments and the None are those of [`joint_work.take`]. Each share can be had once.
+        """
+        # What is had is forgotten, so that nothing of a checkpoint's part is kept behind it.
+        together = take(self._together.pop(adapter, None), layer, self.root, adapter, pooled, index, dtype)
+        if together is None:
+            return None
+        share = together.waiting.pop(layer)
+        if together.waiting:
+            self._together[adapter] = together
+        return share
 
     def _division(
         self, router_scope: str, count_padding: bool, text_only: bool

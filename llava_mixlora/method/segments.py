@@ -83,11 +83,12 @@ class Segments:
         return products.flatten(0, 1).index_select(0, self._place).view(z.shape)
 
     def grams(self, z: Tensor, attended: Tensor | None) -> Tensor:
-        """Σ zᵀz over the attended positions of each segment, [G, E, E] in float32 at least. `z` [B, S, E]."""
+        """Σ zᵀz over the attended positions of each segment, [..., G, E, E] in float32 at least. `z` [..., B, S, E]."""
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        chunks = z.flatten(0, 1)[self._positions] * self._counted(attended).unsqueeze(-1)
-        products = torch.bmm(chunks.mT, chunks)
-        return products.new_zeros(len(self), *products.shape[1:]).index_add(0, self._owner, products)
+        chunks = z.flatten(-3, -2)[..., self._positions, :] * self._counted(attended).unsqueeze(-1)
+        products = torch.matmul(chunks.mT, chunks)
+        sums = products.new_zeros(*products.shape[:-3], len(self), *products.shape[-2:])
+        return sums.index_add(-3, self._owner, products)
 
     def split(self, rows: Tensor) -> Tensor:
         """`rows` [B, S, ...] as one row for each segment, [G, longest, ...], zero behind its end."""

@@ -63,11 +63,14 @@ def instance_moments(z: Tensor, core: Tensor, attended: Tensor | None = None) ->
 
 
 def instance_grams(z: Tensor, attended: Tensor | None = None) -> Tensor:
-    """Σ zᵀz over the positions of each instance, [B, E, E] in float32 at least; the rest as in [`instance_moments`]."""
+    """Σ zᵀz over the positions of each instance, [..., B, E, E] in float32 at least.
+
+    `z` [..., B, S, E], the dimensions in front are those of [`summed_moments`]; `attended` as in [`instance_moments`].
+    """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     if attended is not None:
         z = z * attended.unsqueeze(-1)
-    return torch.bmm(z.transpose(1, 2), z)
+    return torch.matmul(z.mT, z)
 
 
 def summed_moments(gram: Tensor, core: Tensor) -> Tensor:

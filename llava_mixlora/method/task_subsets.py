@@ -37,15 +37,16 @@ def task_subsets(tasks: int, num_factors: int, r: int) -> Tensor:
 
 
 def task_loss(score: Tensor, subset: Tensor) -> Tensor:
-    """Minus the mean log probability of each instance's factors, averaged over the instances; a float32 scalar.
+    """Minus the mean log probability of each instance's factors, averaged over the instances; float32 [...].
 
     It is least, log r, where the router shares all probability evenly among the r factors.
 
     Args:
-        score: the router's probabilities of all factors, [B, E]. Below 1e-30 they count as that, without a gradient.
-        subset: the factors of each instance's task, int64 [B, r].
+        score: the router's probabilities of all factors, [..., B, E], layers in front. Below 1e-30 they count as
+            that, without a gradient.
+        subset: the factors of each instance's task, int64 [..., B, r].
     """
-    return -score.float().gather(-1, subset).clamp(min=LEAST).log().mean()
+    return -score.float().gather(-1, subset).clamp(min=LEAST).log().mean(dim=(-2, -1))
 
 
 @functools.lru_cache

@@ -16,18 +16,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import checkpoint
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .mixture import full_core
+from .recomputation import is_checkpointed_selectively
 from .routing_statistics import choices
 from .segments import Segments
 from .static_core import instance_grams, summed_moments
 
-_SelectiveCheckpoint = getattr(checkpoint, "_CachingTorchDispatchMode", None)
-
 MOST_NUMBERS = 2**23
 """In z and cores together, before moments are made of them."""
+STACKED_NUMBERS = 2**21
+"""Of z at most, that are copied to make moments of several layers at once; 8 MB in float32."""
 
 
 class Statistics(NamedTuple):
@@ -49,20 +49,25 @@ class _Pass(NamedTuple):
     attended: Tensor | None
     segments: Segments | None
 
-    def grams(self) -> Tensor:
-        """Σ zᵀz of each instance or segment."""
-        if self.segments is None:
-            return instance_grams(self.z, self.attended)
-        return self.segments.grams(self.z, self.attended)
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """The same for layers whose statistics can be made together."""
+        return self.z.shape, self.z.dtype, self.cores.shape, self.cores.device, id(self.attended), id(self.segments)
 
 
 def _unseen_by_checkpoints() -> AbstractContextManager[Any]:
     """No dispatch modes, where one is a selective checkpoint's: it counts on the same operations in both passes."""
-    if _SelectiveCheckpoint is not None and any(
-        isinstance(mode, _SelectiveCheckpoint) for mode in _get_current_dispatch_mode_stack()
-    ):
-        return _disable_current_modes()
-    return nullcontext()
+    return _disable_current_modes() if is_checkpointed_selectively() else nullcontext()
+
+
+def _statistics_of(passes: list[_Pass]) -> list[tuple[Statistics, Statistics]]:
+    """Totals, and what is to be added to them, of layers of one kind: as many operations as of one layer."""
+    z = torch.stack([each.z for each in passes])
+    cores = full_core(torch.stack([each.cores for each in passes]), dims=3)
+    attended, segments = passes[0].attended, passes[0].segments
+    grams = instance_grams(z, attended) if segments is None else segments.grams(z, attended)
+    made = zip(choices(cores), summed_moments(grams, cores))
+    return [(each.total, Statistics(*of_layer)) for each, of_layer in zip(passes, made)]
 
 
 class TrainingStatistics:
@@ -106,15 +111,14 @@ class TrainingStatistics:
     @torch.no_grad()
     def make(self) -> None:
         """Make the statistics of the layers that wait, and let go of their z and cores."""
-        alike: dict[tuple[torch.Size, torch.device], list[_Pass]] = {}
+        alike: dict[tuple[Any, ...], list[_Pass]] = {}
         for waiting in self._waiting:
-            alike.setdefault((waiting.cores.shape, waiting.cores.device), []).append(waiting)
-        for (_, device), passes in alike.items():
-            with torch.autocast(device.type, enabled=False), _unseen_by_checkpoints():
-                grams = torch.stack([each.grams() for each in passes])
-                cores = torch.stack([full_core(each.cores) for each in passes])
-                made = zip(choices(cores), summed_moments(grams, cores))
-            self._made += [(each.total, Statistics(*of_layer)) for each, of_layer in zip(passes, made)]
+            alike.setdefault(waiting.kind, []).append(waiting)
+        for passes in alike.values():
+            together = max(1, STACKED_NUMBERS // max(1, passes[0].z.numel()))
+            with torch.autocast(passes[0].z.device.type, enabled=False), _unseen_by_checkpoints():
+                for first in range(0, len(passes), together):
+                    self._made += _statistics_of(passes[first : first + together])
         self._waiting, self._numbers = [], 0
 
     def add(self) -> None:

@@ -7,7 +7,8 @@
 
 `layer`: one linear layer, forward and backward, with the bytes that autograd keeps and the peak of allocated memory.
 `decode`: one token through a Llama with a key-value cache. `train`: one whole training step of the playground's LLaVA
-(needs its cache: run scripts/finetune_mixlora.sh once). Times are compared within one run only; machines are noisy.
+(needs its cache: run scripts/finetune_mixlora.sh once). *Launches* are the operations that a step starts, which is what
+a GPU waits for when batches are small. Times are compared within one run only; machines are noisy.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from llava_mixlora.inference.samples import training_data
 from playground import PLAYGROUND
 from playground.atomic import write_json
 from playground.benchmarks import benchmark_gpu, serving_speed
+from playground.benchmarks.launches import launches_of
 from playground.benchmarks.variants import (
+    DEFAULT,
     FROZEN,
     MATERIALISED,
     MIXLORA,
@@ -42,7 +45,7 @@ from playground.benchmarks.variants import (
     adapters,
     measured,
 )
-from playground.measuring import machine, peak_bytes, take_turns
+from playground.measuring import Step, machine, peak_bytes, take_turns
 
 INSTANCES = 4
 LAYER_SHAPES = ((2048, 2048, 256), (2048, 5504, 256), (4096, 4096, 128))  # d_in, d_out, positions
@@ -110,6 +113,7 @@ def layer(rounds: int) -> Results:
                         "case": f"{d_in}x{d_out}, S={positions}, E={E}, r={r}",
                         "variant": name,
                         **times[name],
+                        "launches": launches_of(steps[name]),
                         "saved_bytes": _saved_bytes(module, x),
                         "peak_bytes": _peak_bytes(module, x),
                     }
@@ -140,7 +144,7 @@ def decode(rounds: int) -> Results:
 
             steps[name] = step
         times = take_turns(steps, 4 * rounds, REFERENCE, f"decode, E={E}")
-        results += [{"case": f"decode, E={E}, r={r}", "variant": name, **values} for name, values in times.items()]
+        results += _rows(f"decode, E={E}, r={r}", steps, times)
     return results
 
 
@@ -163,8 +167,12 @@ def train(rounds: int) -> Results:
 
         steps[name] = step
     times = take_turns(steps, rounds, REFERENCE, "training step")
-    case = "training step, playground LLaVA, batch 48, E=16, r=4"
-    return [{"case": case, "variant": name, **values} for name, values in times.items()]
+    return _rows("training step, playground LLaVA, batch 48, E=16, r=4", steps, times)
+
+
+def _rows(case: str, steps: dict[str, Step], times: dict[str, dict[str, float]]) -> Results:
+    counts = {name: launches_of(step) for name, step in steps.items()}
+    return [{"case": case, "variant": name, **times[name], "launches": counts[name]} for name in steps]
 
 
 RESULTS = PLAYGROUND / "results" / "benchmark_cpu.json"
@@ -173,12 +181,12 @@ BENCHMARKS: dict[str, Callable[[int], Results]] = {"layer": layer, "decode": dec
 
 def table(results: Results) -> str:
     """The results as text, one line each."""
-    lines = [f"{'case':<52} {'variant':<18} {'ms':>9} {'vs LoRA r=E':>12} {'saved':>7} {'peak':>7}"]
+    lines = [f"{'case':<52} {'variant':<18} {'ms':>9} {'vs LoRA r=E':>12} {'launches':>9} {'saved':>7} {'peak':>7}"]
     for row in results:
         ratios = [f"{row[key]:.2f}x" if key in row else "" for key in ("saved_bytes_ratio", "peak_bytes_ratio")]
         lines.append(
             f"{row['case']:<52} {row['variant']:<18} {row['milliseconds']:>9.2f} "
-            f"{row['milliseconds_ratio']:>11.2f}x {ratios[0]:>7} {ratios[1]:>7}"
+            f"{row['milliseconds_ratio']:>11.2f}x {row['launches']:>9} {ratios[0]:>7} {ratios[1]:>7}"
         )
     return "\n".join(lines)
 
@@ -217,6 +225,8 @@ def _layer_variants(d_in: int, d_out: int, E: int, r: int) -> dict[str, nn.Modul
 
     variants: dict[str, nn.Module] = {}
     for name, adapter in adapters(E, r).items():
+        if name == DEFAULT:
+            continue  # a layer by itself has no words
         if adapter is not None:
             adapter.task_type, adapter.target_modules = None, {"q_proj"}
         variants[name] = OneLayer() if adapter is None else get_peft_model(OneLayer(), adapter)

@@ -14,8 +14,11 @@ from llava_mixlora.method.model import LLAMA_LINEAR_LAYERS
 
 POOLS = ((16, 4), (64, 8))  # E, r
 FROZEN, REFERENCE, MATERIALISED = "frozen base", "LoRA r=E", "materialised"
+DEFAULT = "MixLoRA"
+"""The form that `MixLoraConfig()` has, whose routers see words: it needs a model that has them."""
 TWO_ROUTERS = {"pairing": "rank", "router_scope": "prompt", "router_input": "hidden"}
 MIXLORA = {
+    DEFAULT: {},
     "MixLoRA same": {"pairing": "same", "router_scope": "instruction", "router_input": "hidden", "routing": "ifs"},
     "MixLoRA ifs": {**TWO_ROUTERS, "routing": "ifs"},
     "MixLoRA ifs_cfs": {**TWO_ROUTERS, "routing": "ifs_cfs"},

@@ -397,6 +397,21 @@ def test_centring_survives_a_cast_to_half_precision(llama):
     assert torch.equal(model.half().get_base_model().mixlora_stats_words["default"], before)
 
 
+@pytest.mark.parametrize("form", ["same, words", "rank, words of the prompt"])
+def test_autocast_routes_by_words_as_without(llama, form):
+    """Upstream trains under it, and answers without: an average in bfloat16 would be another route in a near tie."""
+    model = adapt(llama, form).train()
+    inputs = batch([4, 6, 5])
+    twin = copy.deepcopy(model)
+    model(**inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        twin(**inputs)
+    for name, route in model.base_model.routes().items():
+        under_autocast = twin.base_model.routes()[name]
+        assert under_autocast.score_A.dtype == torch.float32
+        torch.testing.assert_close(under_autocast.score_A, route.score_A)
+
+
 def test_failed_forward_counts_no_words(llama):
     model = adapt(llama, "same, words").train()
     before = model.get_base_model().mixlora_stats_words["default"].clone()

@@ -480,7 +480,7 @@ def test_known_prompt_is_what_is_averaged(model):
     handle.remove()
     x = captured[0][0]
     assert x.shape[0] == 9
-    expected = layer._route(x[prompt[0]].mean(dim=0).view(1, 1, -1), "default", None, x, None)
+    expected = layer.route_of(x[prompt[0]].mean(dim=0, keepdim=True), "default")
     actual = model.base_model.routes()["model.layers.0.self_attn.q_proj"]
     torch.testing.assert_close(actual.score_A, expected.score_A)
     assert torch.equal(actual.index_A, expected.index_A) and torch.equal(actual.index_B, expected.index_B)

@@ -13,7 +13,7 @@ from playground import measuring
 from playground.benchmarks import benchmark, benchmark_gpu
 from playground.benchmarks.benchmark_gpu import SIZES, make_llava, resident_bytes, sharing_copy
 from playground.benchmarks.gpu_report import goals, markdown, table
-from playground.benchmarks.variants import FROZEN, MATERIALISED, MIXLORA, REFERENCE
+from playground.benchmarks.variants import DEFAULT, FROZEN, MATERIALISED, MIXLORA, REFERENCE
 
 CPU = torch.device("cpu")
 SETTINGS = Namespace(size="narrow", layers=1, batch_size=2, rounds=1)
@@ -48,8 +48,8 @@ def test_training_leaves_the_shared_base_as_it_is(narrow):
 
 def test_variants_need_the_base_and_what_they_train(narrow):
     base = resident_bytes(narrow)
-    frozen, lora, same, ifs, ifs_cfs, _ = (row["peak_bytes"] for row in train(narrow))
-    assert base < frozen < lora < same < ifs < ifs_cfs
+    frozen, lora, default, same, ifs, ifs_cfs, _ = (row["peak_bytes"] for row in train(narrow))
+    assert base < frozen < lora < same < ifs < ifs_cfs and lora < default < ifs
 
 
 def test_quantized_base_is_smaller_and_trains():
@@ -143,6 +143,8 @@ def test_goals_name_the_worst_case():
     assert decoding.startswith("- MISSED") and "0.833" in decoding
     assert gain.startswith("- met") and "3.774" in gain
     assert qlora.startswith("- met") and "15.000" in qlora
+    with_default = {case: {"rows": [*rows["rows"], row(DEFAULT, 90, 0.9, 0.8)]} for case, rows in taken.items()}
+    assert all(line.startswith("- met") and line.endswith(", MixLoRA)") for line in goals(settings, with_default))
     assert len(goals({**settings, "batch_size": 8}, taken)) == 4  # the last is about 4 instances
     assert "at size narrow" in goals({**settings, "size": "narrow"}, taken)[0]
 
@@ -150,7 +152,7 @@ def test_goals_name_the_worst_case():
 def test_every_variant_runs_as_one_layer():
     x = torch.randn(benchmark.INSTANCES, 5, 8)
     variants = benchmark._layer_variants(8, 12, 4, 2)
-    assert [*variants] == [FROZEN, "LoRA r", REFERENCE, *MIXLORA, MATERIALISED]
+    assert [*variants] == [FROZEN, "LoRA r", REFERENCE, *(name for name in MIXLORA if name != DEFAULT), MATERIALISED]
     assert {module(x).shape for module in variants.values()} == {(benchmark.INSTANCES, 5, 12)}
     trained = {name: sum(p.numel() for p in each.parameters() if p.requires_grad) for name, each in variants.items()}
     assert trained["MixLoRA ifs"] - trained["MixLoRA same"] == 4 * 8  # one router of E=4
