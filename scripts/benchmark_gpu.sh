@@ -10,7 +10,8 @@
 #         smollm2    the main job on a really pretrained language model, SmolLM2-135M, in bfloat16
 #         default    all of them
 #
-# Figures go to playground/results/. TRIAL=1 does a little of each on any machine, to see that everything runs, with
+# Figures go to playground/results/. Where nothing can be installed, NO_SETUP=1 takes the packages that are there (see
+# setup.sh). TRIAL=1 does a little of each on any machine, to see that everything runs, with
 # figures in playground/output/trial/.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"

@@ -7,6 +7,9 @@
 # Uses the active virtual or conda environment; without one it creates .venv in the repository.
 # PYTHON=python3.11 chooses the interpreter of a new .venv, CONSTRAINTS another file of versions to install
 # (scripts/constraints-transformers-4.37.txt: LLaVA's own), and EXTRAS what is installed beside LLaVA.
+# NO_SETUP=1, for machines that reach no package index, installs nothing: the packages that python3 finds have to do,
+# such as those of wheels that were unpacked into a folder in PYTHONPATH. Only llava-mixlora itself is put together,
+# from this repository, in .no-setup, which goes before them (Python 3.11 or newer).
 
 if [[ "${BASH_SOURCE[0]}" == "$0" && ("${1:-}" == "-h" || "${1:-}" == "--help") ]]; then
     sed -n '2,/^$/{/^$/d;s/^# \{0,1\}//p}' "$0"
@@ -74,4 +77,40 @@ sys.exit(any(util.find_spec(name) is None for name in ("llava_mixlora", "torch",
     echo "setup: done"
 }
 
+llava_mixlora_without_setup() {
+    local root tree
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)" || return 1
+    tree="$root/.no-setup"
+    [[ "${LLAVA_MIXLORA_TREE:-}" == "$tree" ]] && return 0 # a script that another one has started
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "setup: error: python3 is $(python3 --version); NO_SETUP=1 takes Python 3.11 or newer" >&2
+        return 1
+    }
+    rm -rf "$tree" && mkdir -p "$tree/bin" "$tree/source" || return 1
+    # From a copy: setuptools leaves what it builds beside what it builds from.
+    cp -R "$root/llava_mixlora" "$root/patches" "$root/scripts" "$root/pyproject.toml" "$root/README.md" \
+        "$root/LICENSE" "$tree/source" || return 1
+    python3 -m pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation \
+        --target "$tree/site" "$tree/source" || {
+        echo "setup: error: llava-mixlora could not be put together (see above); it takes pip and setuptools" >&2
+        return 1
+    }
+    printf '#!/bin/sh\nexec python3 -m llava_mixlora "$@"\n' > "$tree/bin/llava-mixlora"
+    printf '#!/bin/sh\nexec python3 "$@"\n' > "$tree/bin/python"
+    chmod +x "$tree/bin/"*
+    export LLAVA_MIXLORA_TREE="$tree" PATH="$tree/bin:$PATH" PYTHONPATH="$tree/site:$root${PYTHONPATH:+:$PYTHONPATH}"
+    export PYTHONSAFEPATH=1 # or the working directory came first, whose llava_mixlora is without its patches
+    python -c '
+import importlib.util as util, sys
+needed = ("torch", "transformers", "peft", "accelerate", "aenum", "shortuuid", "sentencepiece", "einops", "deepspeed", "llava")
+missing = [name for name in needed if util.find_spec(name) is None]
+if missing:
+    print("setup: error: NO_SETUP=1, and these packages are not there:", ", ".join(missing), file=sys.stderr)
+sys.exit(bool(missing))'
+}
+
+if [[ -n "${NO_SETUP:-}" ]]; then
+    llava_mixlora_without_setup || { echo "setup: stopped" >&2; return 1 2>/dev/null || exit 1; }
+    return 0 2>/dev/null || exit 0
+fi
 llava_mixlora_setup || { echo "setup: stopped" >&2; return 1 2>/dev/null || exit 1; }
