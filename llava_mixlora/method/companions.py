@@ -28,11 +28,15 @@ FAMILIES = (
 """Names of layers in one module that are given the same tensor."""
 
 
-class Companions(NamedTuple):
-    """The layers of a layer's block, itself among them, in runs: the layers of a run are given the same tensor."""
+Runs = tuple[tuple[Any, ...], ...]
+"""Layers, by what they are given: those of a run are given the same tensor."""
 
-    block: tuple[tuple[Any, ...], ...]
-    run: tuple[Any, ...]
+
+class _Known(NamedTuple):
+    """What is known of a model: of each adapted layer the runs of its block, and of an adapter in it its companions."""
+
+    blocks: dict[nn.Module, Runs]
+    companions: dict[tuple[nn.Module, str], Runs | None]
 
 
 class _ThreadState(local):
@@ -40,7 +44,7 @@ class _ThreadState(local):
 
 
 _state = _ThreadState()
-_of_models: weakref.WeakKeyDictionary[nn.Module, dict[nn.Module, Companions]] = weakref.WeakKeyDictionary()
+_of_models: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -61,13 +65,28 @@ def works_separately() -> bool:
     return _state.separately
 
 
-def companions_of(layer: nn.Module, root: nn.Module | None) -> Companions | None:
-    """The companions of a layer of the adapted model `root`; None where it is not one of its layers."""
+def companions_of(layer: Any, adapter: str, root: nn.Module | None) -> Runs | None:
+    """The layers of the adapted model `root` whose adapter is routed as that of `layer` is, by the same; it is one.
+
+    Those of its block where routers see words, else those that are given the same tensor. None where it is alone.
+    """
     if root is None:
         return None
     if root not in _of_models:
-        _of_models[root] = _found_in(root)
-    return _of_models[root].get(layer)
+        _of_models[root] = _Known(_blocks_in(root), {})
+    blocks, companions = _of_models[root]
+    key = layer, adapter
+    if key not in companions:
+        companions[key] = _alike(layer, adapter, blocks.get(layer, ()))
+    return companions[key]
+
+
+def _alike(layer: Any, adapter: str, block: Runs) -> Runs | None:
+    settings = layer.settings[adapter]
+    runs = block if settings.router_width is not None else [run for run in block if layer in run]
+    runs = [tuple(each for each in run if each.settings.get(adapter) == settings) for run in runs]
+    runs = tuple(run for run in runs if run)
+    return runs if sum(map(len, runs)) > 1 else None
 
 
 def forget(root: nn.Module) -> None:
@@ -75,7 +94,7 @@ def forget(root: nn.Module) -> None:
     _of_models.pop(root, None)
 
 
-def _found_in(root: nn.Module) -> dict[nn.Module, Companions]:
+def _blocks_in(root: nn.Module) -> dict[nn.Module, Runs]:
     blocks: dict[str, dict[tuple[str, tuple[str, ...]], list[nn.Module]]] = {}
     for name, module in root.named_modules():
         if hasattr(module, "mixlora_A") and not module.is_expert:
@@ -85,7 +104,7 @@ def _found_in(root: nn.Module) -> dict[nn.Module, Companions]:
     found = {}
     for runs in blocks.values():
         block = tuple(tuple(run) for run in runs.values())
-        found.update({layer: Companions(block, run) for run in block for layer in run})
+        found.update({layer: block for run in block for layer in run})
     return found
 
 

@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .companions import companions_of, works_separately
+from .companions import Runs, companions_of, works_separately
 from .mixture import Route, coefficients_of, core, gates, route_by_scores
 from .recomputation import part_of_graph
 from .router_loss import weighted_term
 from .segments import Segments
+
+_PLAIN = (nn.Parameter, Tensor)
 
 
 class Run:
@@ -32,14 +35,12 @@ class Run:
 
     def __init__(self, layers: Sequence[Any], adapter: str, cores: Tensor) -> None:
         self.layers, self.adapter, self.cores = layers, adapter, cores
-        self._made: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._made: list[tuple[Tensor, Tensor] | None] = []
         self._made_of: tuple[weakref.ref[Tensor], Hashable] | None = None
 
     def cores_of(self, place: int) -> Tensor:
         """Of one layer: [G, E, E], or [G, E]."""
-        if len(self.layers) == 1:
-            return self.cores
-        return self.cores.unflatten(-1, (len(self.layers), -1)).select(1, place)
+        return self.cores if len(self.layers) == 1 else self.cores.chunk(len(self.layers), dim=-1)[place]
 
     def coefficients(
         self, place: int, given: Tensor, sequence: Tensor, segments: Segments | None
@@ -48,130 +49,130 @@ class Run:
 
         `sequence` [B, S, d_in] is what the layers make of what they are `given`.
         """
-        made_of = weakref.ref(given), (given._version, part_of_graph())
+        state = given._version, part_of_graph()
         if self._made_of is None:
-            factors_A = torch.cat([layer.mixlora_A[self.adapter] for layer in self.layers])
-            z = F.linear(sequence, factors_A)
+            pools = [layer.mixlora_A[self.adapter] for layer in self.layers]
+            if not _are_whole(pools, sequence.device):
+                return None
+            z = F.linear(sequence, torch.cat(pools))
             products = coefficients_of(z, self.cores, segments)
             if torch.is_autocast_enabled(z.device.type):
                 products = products.to(z.dtype)  # here for all, and not for each when it meets its pool B
-            shape = len(self.layers), -1
-            parts = zip(z.detach().unflatten(-1, shape).unbind(-2), products.unflatten(-1, shape).unbind(-2))
-            self._made, self._made_of = dict(enumerate(parts)), made_of
-        if self._made_of[0]() is not given or self._made_of[1] != made_of[1]:
+            n = len(self.layers)
+            self._made = [*zip(z.detach().chunk(n, dim=-1), products.chunk(n, dim=-1))]
+            self._made_of = weakref.ref(given), state
+        if self._made_of[0]() is not given or self._made_of[1] != state:
             return None
-        return self._made.pop(place, None)
+        made, self._made[place] = self._made[place], None
+        return made
 
 
 class Share(NamedTuple):
-    """A layer's route, its place in a run of layers, and its [`weighted_term`] of the loss where that was made too."""
+    """A layer's part of what was made for several, or for it alone.
+
+    Its route and its cores [G, E, E], or gates [G, E], without a gradient; its place in a run of layers, whose cores
+    have theirs; its [`weighted_term`] of the loss.
+    """
 
     route: Route
+    cores: Tensor
     run: Run
     place: int
-    term: Tensor | None = None
+    term: Tensor | None
 
 
-class Together(NamedTuple):
-    """What was made of `pooled`, under `key`, for layers that have not asked for it yet."""
+@dataclass(frozen=True)
+class Together:
+    """What was made of `pooled` for layers that have not asked for it yet, in one part of the autograd graph."""
 
-    pooled: Tensor
-    key: Hashable
     waiting: dict[nn.Module, Share]
+    pooled: Tensor
+    segments: Segments | None
+    by_words: bool
+    dtype: torch.dtype  # of the cores
+    kind: Hashable  # of what the first of the layers was given
+    part: Hashable
+
+    def is_of(self, pooled: Tensor, dtype: torch.dtype) -> bool:
+        """Whether it was made of `pooled`, for cores of this dtype, within what runs now."""
+        return self.pooled is pooled and self.dtype == dtype and self.part == part_of_graph()
+
+    def goes_for(self, x: Tensor) -> bool:
+        """Whether a layer that gets x [B, S, d_in] would be routed by the same words, now."""
+        return self.by_words and self.kind == _kind(x) and self.part == part_of_graph()
 
 
-def take(
-    known: Together | None,
+def work_together(
     layer: Any,
     root: nn.Module | None,
     adapter: str,
+    x: Tensor,
     pooled: Tensor,
     index: Tensor | None,
     dtype: torch.dtype,
+    segments: Segments | None,
 ) -> Together | None:
-    """What holds the share of `layer` in what was made for it and its companions; None where it works by itself.
+    """Make routes and cores for a layer and its companions; None where it has none, or is to work by itself.
 
     Args:
-        known: what was made last in the forward pass of the adapted model `root`; made anew where it does not fit.
-        pooled: what routers see, [G, d].
+        layer: of the adapted model `root`.
+        x: what it is given, [B, S, d_in].
+        pooled: what routers see, [G, d], of the `segments` where rows have several.
         index: int64 [G, r], the factors that were chosen without routers; None where these choose.
         dtype: of the cores.
     """
-    key = adapter, index is None, pooled.requires_grad, dtype, part_of_graph()
-    if known is not None and known.pooled is pooled and known.key == key and layer in known.waiting:
-        return known
     settings = layer.settings[adapter]
     if works_separately() or settings.routing != "ifs":
         return None
-    companions = companions_of(layer, root)
-    if companions is None:
+    runs = companions_of(layer, adapter, root)
+    if runs is None:
         return None
+    routers = [router[adapter] for run in runs for each in run for router in each.routers(adapter)]
+    if not _are_whole(routers, pooled.device):
+        return None
+    waiting = _routed(runs, adapter, pooled, routers, index, dtype)
     by_words = settings.router_width is not None
-    runs = [[each for each in run if _fits(each, layer, adapter)] for run in companions.block]
-    runs = [run for run in runs if run and (by_words or layer in run)]
-    if sum(map(len, runs)) < 2 or not any(layer in run for run in runs):
-        return None
-    runs = [part for run in runs for part in ([run] if _share_product(run, adapter) else [[each] for each in run])]
-    return Together(pooled, key, _routed(runs, adapter, pooled, index, dtype))
+    return Together(waiting, pooled, segments, by_words, dtype, _kind(x), part_of_graph())
+
+
+def _kind(x: Tensor) -> Hashable:
+    return x.shape[:2], x.dtype, x.device
 
 
 def _routed(
-    runs: Sequence[Sequence[Any]], adapter: str, pooled: Tensor, index: Tensor | None, dtype: torch.dtype
+    runs: Runs, adapter: str, pooled: Tensor, routers: list[Tensor], index: Tensor | None, dtype: torch.dtype
 ) -> dict[nn.Module, Share]:
     layers = [layer for run in runs for layer in run]
     settings = layers[0].settings[adapter]
-    G, L, E = len(pooled), len(layers), settings.num_factors
-    pools = [router[adapter] for layer in layers for router in layer.routers(adapter)]
-    logits = F.linear(pooled, torch.cat(pools).to(pooled.dtype))
-    route = route_by_scores(logits.view(G * L, len(pools) // L, E).softmax(dim=-1), settings.r, _of_all(index, L))
-    make = gates if settings.pairing == "same" else core
-    cores = make(route, E, settings.scaling, settings.straight_through, dtype)
-    shares = cores.view(G, L, *cores.shape[1:]).split([len(run) for run in runs], dim=1)
-    made = [
-        Run(run, adapter, share.flatten(1) if settings.pairing == "same" else share.squeeze(1))
-        for run, share in zip(runs, shares)
-    ]
+    is_diagonal = settings.pairing == "same"
+    if not is_diagonal or not isinstance(layers[0].mixlora_dropout[adapter], nn.Identity):
+        runs = tuple((layer,) for layer in layers)  # no one product: a core for each, or each drops something else
+    G, L, E = pooled.shape[0], len(layers), settings.num_factors
+    logits = F.linear(pooled, torch.cat(routers).to(pooled.dtype))
+    index = None if index is None else index.repeat_interleave(L, dim=0)
+    route = route_by_scores(logits.view(G * L, len(routers) // L, E).softmax(dim=-1), settings.r, index)
+    cores = (gates if is_diagonal else core)(route, E, settings.scaling, settings.straight_through, dtype)
+    cores = cores.view(G, L, *cores.shape[1:])
+    shares = cores.split([len(run) for run in runs], dim=1)
+    shares = [share.flatten(1) if is_diagonal else share.squeeze(1) for share in shares]
+    made = [Run(run, adapter, share) for run, share in zip(runs, shares)]
     places = [(run, place) for run in made for place in range(len(run.layers))]
-    by_layer = [part.view(G, L, -1).transpose(0, 1) for part in route]
-    terms = weighted_term(Route(*by_layer), settings)
-    routes = zip(*(part.unbind(0) for part in by_layer))
+    by_layer = Route(*(part.view(G, L, -1).transpose(0, 1) for part in route))
+    terms = weighted_term(by_layer, settings) if G else None
     terms = [None] * L if terms is None else terms.unbind(0)
-    return {
-        layer: Share(Route(*of_layer), *place, term)
-        for layer, of_layer, place, term in zip(layers, routes, places, terms)
-    }
+    routes = zip(*(part.unbind(0) for part in by_layer.detach()))
+    of_layers = zip(layers, routes, cores.detach().unbind(1), places, terms)
+    return {layer: Share(Route(*each), own, *place, term) for layer, each, own, place, term in of_layers}
 
 
-def _of_all(index: Tensor | None, layers: int) -> Tensor | None:
-    return None if index is None else index.repeat_interleave(layers, dim=0)
-
-
-def _fits(other: Any, layer: Any, adapter: str) -> bool:
-    """Whether what routes `layer` could route `other` too, with routers that lie here, whole."""
-    if other is layer:
-        return all(_is_whole(router[adapter]) for router in layer.routers(adapter))
-    if adapter not in other.mixlora_A or other.settings[adapter] != layer.settings[adapter]:
-        return False
-    if not other.training or other.disable_adapters or other.merged:
-        return False
-    pairs = zip(other.routers(adapter), layer.routers(adapter))
-    return all(_is_whole(of[adapter]) and _alike(of[adapter], like[adapter]) for of, like in pairs)
-
-
-def _share_product(run: Sequence[Any], adapter: str) -> bool:
-    """Whether one product makes z C of all layers of a run: with gates, of an input of which each drops nothing."""
-    if run[0].settings[adapter].pairing != "same":
-        return False
-    pools = [layer.mixlora_A[adapter] for layer in run]
-    undropped = all(isinstance(layer.mixlora_dropout[adapter], nn.Identity) for layer in run)
-    return undropped and all(_is_whole(pool) and _alike(pool, pools[0]) for pool in pools)
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-
-
-def _is_whole(parameter: Tensor) -> bool:
-    """Whether a parameter is all there: not spread over processes (FSDP, DeepSpeed ZeRO-3), nor sent away."""
-    is_plain = type(parameter) in (nn.Parameter, Tensor) and parameter.ndim == 2 and not parameter.is_meta
-    return is_plain and not hasattr(parameter, "ds_id")
+def _are_whole(parameters: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether parameters are all there, on the device: not spread over processes (FSDP, ZeRO-3), nor sent away."""
+    shape, dtype = parameters[0].shape, parameters[0].dtype
+    return len(shape) == 2 and all(
+        type(each) in _PLAIN
+        and each.shape == shape
+        and each.dtype == dtype
+        and each.device == device
+        and not hasattr(each, "ds_id")
+        for each in parameters
+    )

@@ -195,8 +195,8 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
         result = self.base_layer(given, *args, **kwargs)
         for each in routed:
             z, coefficients = self._coefficients(each, given)
-            if each.share is not None and self.training and scope is not None and scope.trains:
-                coefficients = self._with_router_loss(coefficients, each.share, each.adapter, scope, again)
+            if each.share is not None and each.share.term is not None:
+                coefficients = scope.router_loss.tie(coefficients, each.share.term, note=not again)
             result = added(result, coefficients, self.mixlora_B[each.adapter], self.base_layer)
             if self.training or self.observer is not None:
                 self._observe(each.sequence, z, each.cores, each.segments, each.adapter, scope, again)
@@ -205,12 +205,14 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
     def _coefficients(self, routed: _Routed, given: Tensor) -> tuple[Tensor, Tensor]:
         """z = x Aᵀ and z C, [B, S, E] each, of what the layer is `given`."""
         adapter, sequence, cores, segments, share = routed
-        if share is not None and len(share.run.layers) > 1:
-            made = share.run.coefficients(share.place, given, sequence, segments)
-            if made is not None:
-                return made
         dropout = self.mixlora_dropout[adapter]
         drops = dropout.training and not isinstance(dropout, nn.Identity)
+        if share is not None:
+            if len(share.run.layers) > 1 and not drops:
+                made = share.run.coefficients(share.place, given, sequence, segments)
+                if made is not None:
+                    return made
+            cores = share.run.cores_of(share.place)
         dropped = dropout(sequence) if drops else sequence
         z = F.linear(dropped, self.mixlora_A[adapter])
         return z, coefficients_of(z, cores, segments)
@@ -271,7 +273,7 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
             named = torch.tensor([name == adapter for name in adapter_names], device=x.device)
             named = named if routed.segments is None else named[routed.segments.row]
             cores = routed.cores * named.view(-1, *[1] * (routed.cores.ndim - 1))
-            routed = routed._replace(cores=cores)
+            routed = routed._replace(cores=cores, share=None)
         return routed
 
     def _as_instances(self, x: Tensor, scope: RoutingScope | None) -> Tensor:
@@ -301,11 +303,13 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
     def _core(self, x: Tensor, adapter: str, scope: RoutingScope | None, given: Tensor, again: bool) -> _Routed:
         """The cores of x [B, S, d_in], which was made from what the layer was `given`."""
         settings, key = self.settings[adapter], (self.identity, adapter)
+        holds = scope is not None and settings.decode_routing == "prefill" and scope.shares_instances(x)
+        if self.training and scope is not None and (known := scope.known_share(self, adapter, x)) is not None:
+            return self._taken(adapter, x, *known, scope if holds else None)
         segments = None
         if scope is not None and scope.covers(x):
             segments = scope.segments(settings.router_scope, settings.count_padding)
             segments = None if segments is None else segments.on(x.device)
-        holds = scope is not None and settings.decode_routing == "prefill" and scope.shares_instances(x)
         if holds and (held := scope.held_core(key, len(x), segments)) is not None:
             return _Routed(adapter, x, held, segments if segments is not None and len(held) == len(segments) else None)
         if scope is not None and scope.trains and not again and settings.router_scope in ("prompt", "instruction"):
@@ -318,25 +322,24 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
             index = self._index_of_tasks(x, adapter, scope, segments)
             share = None
             if pooled is not None and self.training and scope is not None and scope.makes_shares:
-                share = scope.share_of(self, adapter, pooled, index, dtype)
+                share = scope.share_of(self, adapter, x, pooled, index, dtype, segments)
             if share is None:
                 route = self._route(x, pooled, index, adapter, segments)
-                share = Share(route, Run([self], adapter, self.core_of(route, adapter, dtype)), 0)
-            cores = share.run.cores_of(share.place)
-            self.last_routes[adapter] = share.route.detach()
-        if holds:
-            scope.hold(key, cores)
-        return _Routed(adapter, x, cores, segments, share)
+                term = None
+                if self.training and scope is not None and scope.trains and len(route.index_A):
+                    term = weighted_term(route, settings)
+                cores = self.core_of(route, adapter, dtype)
+                share = Share(route.detach(), cores.detach(), Run([self], adapter, cores), 0, term)
+        return self._taken(adapter, x, share, segments, scope if holds else None)
 
-    def _with_router_loss(
-        self, coefficients: Tensor, share: Share, adapter: str, scope: RoutingScope, again: bool
-    ) -> Tensor:
-        """Let the layer's term, if it has one, join the loss through z C; returns that, unchanged."""
-        if len(share.route.index_A) == 0:
-            return coefficients
-        with full_precision(coefficients):
-            term = weighted_term(share.route, self.settings[adapter]) if share.term is None else share.term
-            return coefficients if term is None else scope.router_loss.tie(coefficients, term, note=not again)
+    def _taken(
+        self, adapter: str, x: Tensor, share: Share, segments: Segments | None, holder: RoutingScope | None
+    ) -> _Routed:
+        """Go by a share, and let the `holder`, if there is one, keep its cores for the rest of a generation."""
+        self.last_routes[adapter] = share.route
+        if holder is not None:
+            holder.hold((self.identity, adapter), share.cores)
+        return _Routed(adapter, x, share.cores, segments, share)
 
     def _route(
         self, x: Tensor, pooled: Tensor | None, index: Tensor | None, adapter: str, segments: Segments | None

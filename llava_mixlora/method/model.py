@@ -390,6 +390,7 @@ class MixLoraModel(OfLoraModels, BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out of all layers."""
         super().delete_adapter(adapter_name)
+        forward_passes.companions.forget(self.model)
         remove_word_sums(self.model, adapter_name)
 
     def _layers(self) -> list[MixLoraLayer]:

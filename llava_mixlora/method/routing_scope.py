@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from ..errors import MixLoraError
 from .held_routes import HeldRoutes
-from .joint_work import Share, Together, take
+from .joint_work import Share, Together, work_together
 from .mixture import full_precision, pooled_input
 from .recomputation import NO_BACKWARD, saving_hooks
 from .router_loss import RouterLoss
@@ -247,19 +247,40 @@ class RoutingScope:
         return self.trains and not torch.compiler.is_compiling()
 
     def share_of(
-        self, layer: nn.Module, adapter: str, pooled: Tensor, index: Tensor | None, dtype: torch.dtype
+        self,
+        layer: nn.Module,
+        adapter: str,
+        x: Tensor,
+        pooled: Tensor,
+        index: Tensor | None,
+        dtype: torch.dtype,
+        segments: Segments | None,
     ) -> Share | None:
-        """A layer's share of what is made together for it and its companions in training.
+        """A layer's share of what is made together for it and its companions in training, of what they `pooled`.
 
-        The arguments and the None are those of [`joint_work.take`]. Each share can be had once.
+        The arguments and the None are those of [`work_together`]. Each share can be had once.
         """
-        # What is had is forgotten, so that nothing of a checkpoint's part is kept behind it.
-        together = take(self._together.pop(adapter, None), layer, self.root, adapter, pooled, index, dtype)
-        if together is None:
+        together = self._together.get(adapter)
+        if together is None or not together.is_of(pooled, dtype) or layer not in together.waiting:
+            together = work_together(layer, self.root, adapter, x, pooled, index, dtype, segments)
+        return None if together is None else self._share(together, layer, adapter)
+
+    def known_share(self, layer: nn.Module, adapter: str, x: Tensor) -> tuple[Share, Segments | None] | None:
+        """A layer's share of what was made before, by words, which all layers share: none of it has to be asked again.
+
+        With the segments that it is of; None where there is none for an x like this.
+        """
+        together = self._together.get(adapter)
+        if together is None or not together.goes_for(x) or layer not in together.waiting:
             return None
+        return self._share(together, layer, adapter), together.segments
+
+    def _share(self, together: Together, layer: nn.Module, adapter: str) -> Share:
         share = together.waiting.pop(layer)
-        if together.waiting:
-            self._together[adapter] = together
+        # What all have had is forgotten, so that nothing of a checkpoint's part is kept behind it.
+        self._together[adapter] = together
+        if not together.waiting:
+            del self._together[adapter]
         return share
 
     def _division(

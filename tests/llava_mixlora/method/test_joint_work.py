@@ -277,13 +277,16 @@ def test_companions_are_found_by_name(llama):
     model = adapt(llama)
     root = model.base_model.model
     first = root.model.layers[0]
-    companions = companions_of(first.mlp.up_proj, root)
-    assert companions.run == (first.mlp.gate_proj, first.mlp.up_proj)
     attention = first.self_attn
-    assert companions.block == (
+    assert companions_of(first.mlp.up_proj, "default", root) == (
         (attention.q_proj, attention.k_proj, attention.v_proj),
         (attention.o_proj,),
         (first.mlp.gate_proj, first.mlp.up_proj),
         (first.mlp.down_proj,),
     )
-    assert companions_of(nn.Linear(2, 2), root) is None and companions_of(first.mlp.up_proj, None) is None
+    assert companions_of(first.mlp.up_proj, "default", None) is None
+    hidden = adapt(copy.deepcopy(root), router_input="hidden", target_modules=["gate_proj", "up_proj", "o_proj"])
+    first = hidden.base_model.model.model.layers[0]
+    gate, up = first.mlp.gate_proj, first.mlp.up_proj
+    assert companions_of(up, "default", hidden.base_model.model) == ((gate, up),)
+    assert companions_of(first.self_attn.o_proj, "default", hidden.base_model.model) is None
