@@ -3,6 +3,7 @@
     python -m playground.benchmarks.benchmark layer|decode|train|all [--rounds 15] [--output FIGURES.json]
     python -m playground.benchmarks.benchmark gpu      # a LLaVA of 7B parameters on a GPU: see benchmark_gpu.py
     python -m playground.benchmarks.benchmark serve    # servers: see serving_speed.py
+    python -m playground.benchmarks.benchmark launches # operations that an adapted layer starts: see launches.py
     python -m playground.benchmarks.benchmark show     # the stored figures as the Markdown tables of the README
 
 `layer`: one linear layer, forward and backward, with the bytes that autograd keeps and the peak of allocated memory.
@@ -32,7 +33,7 @@ from llava_mixlora.inference.loading import load_for_inference
 from llava_mixlora.inference.samples import training_data
 from playground import PLAYGROUND
 from playground.atomic import write_json
-from playground.benchmarks import benchmark_gpu, serving_speed
+from playground.benchmarks import benchmark_gpu, launches, serving_speed
 from playground.benchmarks.launches import launches_of
 from playground.benchmarks.variants import (
     DEFAULT,
@@ -58,13 +59,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m playground.benchmarks.benchmark", description=__doc__.splitlines()[0]
     )
-    commands = parser.add_subparsers(dest="what", required=True, metavar="{layer,decode,train,all,gpu,serve,show}")
+    commands = parser.add_subparsers(
+        dest="what", required=True, metavar="{layer,decode,train,all,gpu,launches,serve,show}"
+    )
     for name in (*BENCHMARKS, "all"):
         command = commands.add_parser(name, help="all three" if name == "all" else BENCHMARKS[name].__doc__)
         command.add_argument("--rounds", type=int, default=15, help="timed rounds after three to warm up (default: 15)")
         command.add_argument("--output", type=Path, default=RESULTS, help="JSON to update (default: %(default)s)")
         command.set_defaults(run=run)
     benchmark_gpu.add_arguments(commands)
+    launches.add_arguments(commands)
     serving_speed.add_arguments(commands)
     command = commands.add_parser("show", help="the stored figures as the tables of the README")
     command.set_defaults(run=show)

@@ -6,6 +6,7 @@ none. On a GPU most of them are one kernel. The counts are the same on every mac
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +17,40 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from playground.benchmarks.variants import MIXLORA, REFERENCE, adapters
+
 LINEARS = 7  # of a Llama's decoder layer
 KINDS = ("forward", "backward", "decoding")
 INSTANCES, POSITIONS = 4, 32
 _ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _WITHOUT_WORK = {*_ALLOCATIONS, "_unsafe_view", "_reshape_alias", "detach", "alias", "lift_fresh", "promote_types"}
+
+
+def add_arguments(commands: Any) -> None:
+    """Add the command `launches` to argparse's `commands`."""
+    command = commands.add_parser(
+        "launches",
+        help="how many operations an adapter adds to a linear layer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=lambda arguments: print(markdown()))
+
+
+def markdown() -> str:
+    """What LoRA and each form of MixLoRA add for each linear layer of a Llama, as a Markdown table."""
+    lines = [
+        "| operations added to a linear layer, E=16, r=4 | training step | with gradient checkpointing | decoding |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in (REFERENCE, *MIXLORA):
+        plain, checkpointed = (
+            added_per_linear(lambda name=name: adapters(16, 4)[name], checkpointing) for checkpointing in (False, True)
+        )
+        steps = (each["forward"] + each["backward"] for each in (plain, checkpointed))
+        cells = [*steps, plain["decoding"]]
+        lines.append(f"| {name} | {' | '.join(f'{cell:.1f}' for cell in cells)} |")
+    return "\n".join(lines)
 
 
 class Launches(TorchDispatchMode):
