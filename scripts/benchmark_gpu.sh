@@ -10,6 +10,7 @@
 #         smollm2    the main job on a really pretrained language model, SmolLM2-135M, in bfloat16
 #         default    all of them
 #
+# SPEED_FLAGS='--rounds 7 --weights bf16' are flags for speed, where time on the GPU is short.
 # Figures go to playground/results/. Where nothing can be installed, NO_SETUP=1 takes the packages that are there (see
 # setup.sh). TRIAL=1 does a little of each on any machine, to see that everything runs, with
 # figures in playground/output/trial/.
@@ -49,7 +50,8 @@ for step in "${steps[@]}"; do
         speed)
             size=()
             [[ -z "${TRIAL:-}" ]] || size=(--size narrow --layers 1 --batch-size 1 --rounds 1 --weights bf16 --parts decode)
-            python -m playground.benchmarks.benchmark gpu "${size[@]}" --output "$results/benchmark_gpu.json"
+            # shellcheck disable=SC2086 # several flags
+            python -m playground.benchmarks.benchmark gpu "${size[@]}" ${SPEED_FLAGS:-} --output "$results/benchmark_gpu.json"
             ;;
         qlora)
             OUTPUT_DIR="$output" CACHE_DIR="$cache" bash scripts/finetune_mixlora_qlora.sh \

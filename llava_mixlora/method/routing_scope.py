@@ -170,7 +170,7 @@ class RoutingScope:
             for text_only in {of_text, of_text or words}:
                 if self.answered is not None or self.starts is not None or (text_only and self.images is not None):
                     self._division(router_scope, False, text_only)
-            if words:
+            if words and not (self.goes_on and self.held.cores):  # which a generation goes on with, whatever is said
                 self.words(adapter, router_scope)
 
     def see_words(self, embeddings: Tensor) -> None:

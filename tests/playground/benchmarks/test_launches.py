@@ -10,7 +10,7 @@ from torch import nn
 
 from llava_mixlora import MixLoraConfig
 from llava_mixlora.method.companions import separately
-from playground.benchmarks.launches import KINDS, Launches, added_per_linear, launches_of, of_decoder_layer
+from playground.benchmarks.launches import KINDS, Launches, _of_model, added_per_linear, launches_of, of_decoder_layer
 from playground.benchmarks.variants import TWO_ROUTERS
 
 from ...tiny import LINEAR_LAYERS
@@ -47,6 +47,12 @@ def test_a_step_of_the_default_starts_no_more_than_one_of_lora(reentrant, autoca
     ours, of_lora = (of_decoder_layer(each, reentrant=reentrant, autocast=autocast) for each in (config({}), LORA))
     assert ours["forward"] + ours["backward"] <= 1.04 * (of_lora["forward"] + of_lora["backward"])
     assert ours["decoding"] < of_lora["decoding"]
+
+
+def test_a_generation_that_goes_on_asks_for_no_words_again():
+    """They are an average for the whole model, so a layer's share of it does not show."""
+    of_words, of_hidden_states = (_of_model(1, config(form), False) for form in ({}, {"router_input": "hidden"}))
+    assert of_words["decoding"] == of_hidden_states["decoding"]
 
 
 def test_working_together_is_what_saves():
