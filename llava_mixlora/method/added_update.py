@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .companions import works_separately
-from .mixture import promoted
 from .recomputation import is_checkpointed_selectively
 
 
@@ -21,41 +20,42 @@ def added(result: Tensor, coefficients: Tensor, factors_B: Tensor, base_layer: n
         factors_B: pool B, [E, d_out].
         base_layer: whose hooks may have kept what it returned.
     """
-    device = result.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else promoted(coefficients.dtype, factors_B.dtype)
-    if dtype != result.dtype or not _is_ours(result, base_layer):
+    dtype, device = result.dtype, result.device.type
+    if torch.is_autocast_enabled(device):
+        fits = torch.get_autocast_dtype(device) == dtype
+    else:
+        fits = coefficients.dtype == dtype == factors_B.dtype
+    if not fits or not _is_ours(result, base_layer):
         update = torch.matmul(coefficients, factors_B)
-        if update.dtype != result.dtype:
-            update = update.to(result.dtype)
+        if update.dtype != dtype:
+            update = update.to(dtype)
         return result + (update if update.shape == result.shape else update.view(result.shape))
-    coefficients, factors_B = coefficients.to(dtype), factors_B.to(dtype)
-    return (
-        _Add.apply(result, coefficients, factors_B)
-        if torch.is_grad_enabled()
-        else _add(result, coefficients, factors_B)
-    )
-
-
-def _add(result: Tensor, coefficients: Tensor, factors_B: Tensor) -> Tensor:
-    result.view(-1, result.shape[-1]).addmm_(coefficients.reshape(-1, len(factors_B)), factors_B)
-    return result
+    # Asking costs less than a cast that does nothing.
+    coefficients = coefficients if coefficients.dtype == dtype else coefficients.to(dtype)
+    factors_B = factors_B if factors_B.dtype == dtype else factors_B.to(dtype)
+    add = _Add.apply if torch.is_grad_enabled() else _add
+    return add(result, coefficients, factors_B)
 
 
 def _is_ours(result: Tensor, base_layer: nn.Module) -> bool:
     """Whether nobody else holds what the base layer has made, and autograd lets it be changed."""
     return not (
         torch.compiler.is_compiling()
-        or works_separately()
-        or torch._C._are_functorch_transforms_active()
         or type(result) is not Tensor
         or result._is_view()
-        or not result.is_contiguous()
-        or (result.is_leaf and result.requires_grad)
         or base_layer._forward_hooks
         or "forward" in base_layer.__dict__  # of a program that may keep what it returns
-        or is_checkpointed_selectively()
+        or not result.is_contiguous()
+        or (torch.is_grad_enabled() and ((result.requires_grad and result.is_leaf) or is_checkpointed_selectively()))
+        or torch._C._are_functorch_transforms_active()
+        or works_separately()
     )
+
+
+def _add(result: Tensor, coefficients: Tensor, factors_B: Tensor) -> Tensor:
+    E, d_out = factors_B.shape
+    result.view(-1, d_out).addmm_(coefficients.reshape(-1, E), factors_B)
+    return result
 
 
 class _Add(torch.autograd.Function):

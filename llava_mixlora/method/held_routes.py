@@ -47,16 +47,16 @@ class HeldRoutes:
         core = self.cores.get(key)
         if core is None:
             return None
-        if segments is not None and len(core) == segments:
+        if segments is not None and core.shape[0] == segments:
             return core
         if self.last is not None:
             core = core.index_select(0, self.last.to(core.device))
-        if len(core) == instances:
+        if core.shape[0] == instances:
             return core
-        if instances % len(core) == 0:  # the cache was repeated to draw several continuations of each prompt
-            return core.repeat_interleave(instances // len(core), dim=0)
+        if instances % core.shape[0] == 0:  # the cache was repeated to draw several continuations of each prompt
+            return core.repeat_interleave(instances // core.shape[0], dim=0)
         raise MixLoraError(
-            f"a generation that was begun with {len(core)} instances goes on with {instances}: its routes are held "
+            f"a generation that was begun with {core.shape[0]} instances goes on with {instances}: its routes are held "
             "per instance; keep the batch as it is, or use decode_routing='step'"
         )
 

@@ -192,29 +192,29 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
         active = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         factors_A = self.mixlora_A
         routed = [self._routed(x, adapter, adapter_names, scope, again) for adapter in active if adapter in factors_A]
-        result = self.base_layer(given, *args, **kwargs)
+        base_layer = self.base_layer
+        result = base_layer(given, *args, **kwargs)
         for each in routed:
-            z, coefficients = self._coefficients(each, given)
+            z, coefficients = self._coefficients(each, given, factors_A)
             if each.share is not None and each.share.term is not None:
                 coefficients = scope.router_loss.tie(coefficients, each.share.term, note=not again)
-            result = added(result, coefficients, self.mixlora_B[each.adapter], self.base_layer)
+            result = added(result, coefficients, self.mixlora_B[each.adapter], base_layer)
             if self.training or self.observer is not None:
                 self._observe(each.sequence, z, each.cores, each.segments, each.adapter, scope, again)
         return result
 
-    def _coefficients(self, routed: _Routed, given: Tensor) -> tuple[Tensor, Tensor]:
+    def _coefficients(self, routed: _Routed, given: Tensor, factors_A: nn.ParameterDict) -> tuple[Tensor, Tensor]:
         """z = x Aᵀ and z C, [B, S, E] each, of what the layer is `given`."""
         adapter, sequence, cores, segments, share = routed
         dropout = self.mixlora_dropout[adapter]
         drops = dropout.training and not isinstance(dropout, nn.Identity)
         if share is not None:
-            if len(share.run.layers) > 1 and not drops:
+            if not drops and len(share.run.layers) > 1:
                 made = share.run.coefficients(share.place, given, sequence, segments)
                 if made is not None:
                     return made
             cores = share.run.cores_of(share.place)
-        dropped = dropout(sequence) if drops else sequence
-        z = F.linear(dropped, self.mixlora_A[adapter])
+        z = F.linear(dropout(sequence) if drops else sequence, factors_A[adapter])
         return z, coefficients_of(z, cores, segments)
 
     def _observe(
@@ -260,9 +260,10 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
     def _routed(
         self, x: Tensor, adapter: str, adapter_names: Sequence[str] | None, scope: RoutingScope | None, again: bool
     ) -> _Routed:
-        if self.mixlora_A[adapter].is_meta:
+        factors_A = self.mixlora_A[adapter]
+        if factors_A.is_meta:
             bring_back(self)
-        sequence, dtype = x, self.mixlora_A[adapter].dtype
+        sequence, dtype = x, factors_A.dtype
         if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             sequence = x.to(dtype)
         if x.ndim != 3:
@@ -307,10 +308,11 @@ class MixLoraLayer(MergeableLayer, OfLoraLayers, nn.Module, BaseTunerLayer):
         if self.training and scope is not None and (known := scope.known_share(self, adapter, x)) is not None:
             return self._taken(adapter, x, *known, scope if holds else None)
         segments = None
-        if scope is not None and scope.covers(x):
+        one_more = holds and scope.goes_on and x.shape[1] == 1  # token of a generation, which is no segment
+        if not one_more and scope is not None and scope.covers(x):
             segments = scope.segments(settings.router_scope, settings.count_padding)
             segments = None if segments is None else segments.on(x.device)
-        if holds and (held := scope.held_core(key, len(x), segments)) is not None:
+        if holds and (held := scope.held_core(key, x.shape[0], segments)) is not None:
             return _Routed(adapter, x, held, segments if segments is not None and len(held) == len(segments) else None)
         if scope is not None and scope.trains and not again and settings.router_scope in ("prompt", "instruction"):
             scope.require_prompt(settings.unknown_prompt)

@@ -147,7 +147,8 @@ class RoutingScope:
 
     def shares_instances(self, x: Tensor) -> bool:
         """Whether x [B, S', d] holds this scope's instances: all their positions or, in a model's head, the last."""
-        return self.shape is not None and x.ndim == 3 and len(x) == self.shape[0]
+        shape = self.shape
+        return shape is not None and x.ndim == 3 and x.shape[0] == shape[0]
 
     def weights(self, router_scope: str, count_padding: bool) -> Tensor | None:
         """Rows in float32 that sum to one over the routed positions, [B, S], or [B, T, S] for T segments in a row;
