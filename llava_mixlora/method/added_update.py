@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from .companions import works_separately
 from .recomputation import is_checkpointed_selectively
@@ -44,6 +45,8 @@ def _is_ours(result: Tensor, base_layer: nn.Module) -> bool:
         or type(result) is not Tensor
         or result._is_view()
         or base_layer._forward_hooks
+        or module._global_forward_hooks
+        or base_layer._modules  # which may have hooks of their own
         or "forward" in base_layer.__dict__  # of a program that may keep what it returns
         or not result.is_contiguous()
         or (torch.is_grad_enabled() and ((result.requires_grad and result.is_leaf) or is_checkpointed_selectively()))

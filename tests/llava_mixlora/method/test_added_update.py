@@ -77,11 +77,39 @@ def test_parameters_are_left_as_they_are():
     assert torch.equal(base.kept, torch.ones_like(base.kept))
 
 
-def test_what_hooks_have_seen_is_left_as_it_is():
-    base, x, seen = linear(), input_(), []
-    base.register_forward_hook(lambda module, args, output: seen.append((output, output.clone())))
-    added(base(x), *parts(), base)
+def of_layer(see):
+    base = linear()
+    return base, base.register_forward_hook(see)
+
+
+def of_part(see):
+    base = nn.Sequential(linear())
+    return base, base[0].register_forward_hook(see)
+
+
+def of_all_modules(see):
+    return linear(), nn.modules.module.register_module_forward_hook(see)
+
+
+@pytest.mark.parametrize("hooked", [of_layer, of_part, of_all_modules])
+def test_what_hooks_have_seen_is_left_as_it_is(hooked):
+    seen = []
+    base, handle = hooked(lambda module, args, output: seen.append((output, output.clone())))
+    added(base(input_()), *parts(), base)
+    handle.remove()
     assert torch.equal(*seen[0])
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_hooks_on_gradients_see_those_of_the_layer():
+    base, seen = linear(), []
+    base.register_full_backward_hook(lambda module, of_input, of_output: seen.append((of_input[0], of_output[0])))
+    x = input_()
+    coefficients, factors_B = parts()
+    added(base(x), coefficients, factors_B, base).sum().backward()
+    torch.testing.assert_close(seen[0][1], torch.ones(B, S, D, dtype=torch.float64))
+    torch.testing.assert_close(seen[0][0], x.grad)
+    torch.testing.assert_close(factors_B.grad, coefficients.detach().sum((0, 1)).unsqueeze(1).expand(E, D))
 
 
 def test_what_a_program_around_the_layer_keeps_is_left_as_it_is():
