@@ -1,4 +1,4 @@
-"""What several layers of one training forward pass compute in one operation: their routes, and their zA·C.
+"""What several layers of one training forward pass compute in one operation: their routes, and their z C.
 
 Layers that are routed by the same tensor (all of a block by words; q, k and v by a hidden state) have their routers put
 one below the other, and so have the pools A of layers that are given the same input:

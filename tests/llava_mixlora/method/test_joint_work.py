@@ -90,7 +90,7 @@ def assert_same(together, apart):
         torch.testing.assert_close(together[1][name], gradient, msg=lambda text, n=name: f"{n}: {text}", **EXACT)
     for name, moments in apart[2].items():
         for one, other in zip(together[2][name], moments):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(one, other, **EXACT)
         assert torch.equal(together[3][name], apart[3][name])
     assert together[4].keys() == apart[4].keys()
     for name, route in apart[4].items():
