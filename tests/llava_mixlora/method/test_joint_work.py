@@ -78,7 +78,7 @@ def step(model, inputs):
     loss = model(**inputs, **({"mixlora_tasks": torch.tensor([0, 1, 0])} if needs_tasks else {})).loss
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    moments = {name: each.moments("default") for name, each in layers(model).items()}
+    moments = {name: [each.clone() for each in layer.moments("default")] for name, layer in layers(model).items()}
     usage = {name: each.mixlora_stats_usage["default"].clone() for name, each in layers(model).items()}
     return loss.detach(), gradients, moments, usage, model.base_model.routes()
 
